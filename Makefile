@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+# The doors to this repository. ARGS goes to the command behind a target: make test ARGS="-k link"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-all lint format lock schema bench-start bench-overhead clean
+
+BIN := .venv/bin
+# Tests that share something of the host name it with @pytest.mark.xdist_group, and then run one after the other.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
+help:  ## lists these targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
+
+setup:  ## installs what the other targets need; says nothing if all is there
+	@scripts/setup
+
+demo: setup  ## boots a real guest on a real passt, and shows what happens
+	@$(BIN)/qrapd demo $(ARGS)
+
+test: setup  ## all tests but the slow ones
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+# Status 5 of pytest is "nothing selected".
+test-slow: setup  ## the slow tests
+	@$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+
+test-all: setup  ## all tests
+	@$(PYTEST) $(ARGS)
+
+lint: setup  ## ruff, mypy, layers and the like: tests/test_code.py
+	@$(BIN)/pytest tests/test_code.py $(ARGS)
+
+format: setup  ## lets ruff format the code and mend what it can
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix $(ARGS)
+
+lock:  ## pins the requirements anew; ARGS=--upgrade takes the newest of each
+	@scripts/lock $(ARGS)
+
+schema: setup  ## writes config/qrapd-vm.schema.json
+	@$(BIN)/qrapd schema > config/qrapd-vm.schema.json.new
+	@mv config/qrapd-vm.schema.json.new config/qrapd-vm.schema.json
+
+bench-start: setup  ## measures from `qrapd run` to QEMU's start
+	@$(BIN)/python benchmarks/start_up.py $(ARGS)
+
+bench-overhead: setup  ## measures a boot under qrapd against one by a shell script
+	@$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean:  ## removes what the targets made here, .venv included
+	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands of ``qrapd``: arguments in, words and an exit status out; the work is done below.
+
+Imports stand in the commands that need them, because every start of a VM pays for what is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrapd import __version__
+from qrapd.errors import ConfigurationError, ExitStatus, QrapdError
+
+if TYPE_CHECKING:
+    from qrapd.doctor import Finding
+    from qrapd.logs import LogFormat, Logs
+    from qrapd.plan import Plan
+
+__all__ = ["run_command_line"]
+
+
+def run_command_line() -> int:
+    """Parse the arguments, run the command, and put every error in words. Returns the exit status."""
+    try:
+        return int(main.main(prog_name="qrapd", standalone_mode=False) or ExitStatus.OK)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except QrapdError as error:
+        _complain(error)
+        return error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        return ExitStatus.FAILED
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.OK
+    except Exception:
+        _report_bug()
+        return ExitStatus.BUG
+
+
+# --- options ------------------------------------------------------------------------------------------
+
+
+def _common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command takes, whether it has a use for them or not."""
+    for option in (
+        click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            default="info",
+            show_default=True,
+            help="The least important events to tell.",
+        ),
+        click.option(
+            "--log-format",
+            type=click.Choice(["auto", "journal", "json", "console"]),
+            default="auto",
+            help="How events are told on stderr.  [default: what stderr is connected to]",
+        ),
+        click.option(
+            "--runtime-dir",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Where running VMs keep their sockets.  "
+            "[default: $RUNTIME_DIRECTORY, /run/qrapd, or $XDG_RUNTIME_DIR/qrapd]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qrapd", message="%(prog)s %(version)s")
+def main() -> None:
+    """Run QEMU virtual machines networked by passt, and keep that network alive.
+
+    \b
+    New here?     qrapd demo
+    Your own VM:  write web.toml, then  qrapd check web.toml  and  qrapd run web.toml
+    """
+
+
+# --- commands -----------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", metavar="FILE|NAME")
+@_common_options
+def run(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: str) -> int:
+    """Supervise one VM in the foreground until it ends.
+
+    SIGTERM, or Ctrl-C, asks the guest to power down; a second one takes the next, rougher step.
+    """
+    from qrapd.logs import Logs
+
+    with Logs(log_format, log_level) as logs:
+        try:
+            plan = _plan(file)
+            return _supervise(plan, _base(runtime_dir), logs)
+        except QrapdError as error:
+            return _tell(error, logs)
+
+
+@main.command()
+@click.argument("files", metavar="FILE|NAME...", nargs=-1, required=True)
+@_common_options
+def check(files: tuple[str, ...], **_: object) -> int:
+    """Check VM files and print every error in them; start nothing."""
+    worst: int = ExitStatus.OK
+    for file in files:
+        try:
+            plan = _plan(file)
+        except QrapdError as error:
+            _complain(error)
+            worst = worst or error.exit_status
+        else:
+            click.echo(f"{file}: fine ({_summary(plan)})")
+    return worst
+
+
+@main.command()
+@click.argument("file", metavar="FILE|NAME")
+@_json_option
+@_common_options
+def plan(file: str, as_json: bool, **_: object) -> None:
+    """Print the passt and QEMU command lines that `run` would use.
+
+    Words in capitals, like LINK0_FD, stand for file descriptors that qrapd makes and hands over.
+    """
+    from qrapd.passt import command_line
+    from qrapd.qemu_arguments import Endpoints
+
+    made = _plan(file)
+    passts = [command_line(link.passt, f"LINK{link.index}_PASST_FD") for link in made.links]
+    qemu = made.qemu_command_line(Endpoints.placeholders(len(made.links)))
+    if as_json:
+        links = [
+            {"index": link.index, "mac": link.mac, "source": link.source, "passt": argv}
+            for link, argv in zip(made.links, passts, strict=True)
+        ]
+        click.echo(
+            json.dumps({"name": made.name, "directory": str(made.directory), "links": links, "qemu": qemu})
+        )
+        return
+    for link, argv in zip(made.links, passts, strict=True):
+        click.echo(f"# link {link.index}, in {made.passt_directory}\n{_wrapped(argv)}\n")
+    click.echo(f"# QEMU, in {made.directory}\n{_wrapped(qemu)}")
+
+
+@main.command()
+@_common_options
+def schema(**_: object) -> None:
+    """Print the JSON Schema of a VM's file, for editors."""
+    from qrapd.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@main.command()
+@_json_option
+@_common_options
+def doctor(as_json: bool, runtime_dir: Path | None, **_: object) -> int:
+    """Say what this host lacks, and the command that supplies it."""
+    from qrapd.doctor import examine, worst
+
+    findings = examine(_base(runtime_dir))
+    if as_json:
+        from dataclasses import asdict
+
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _show_findings(findings)
+    return ExitStatus.UNAVAILABLE if worst(findings) == "problem" else ExitStatus.OK
+
+
+@main.command()
+@click.option("--stay", is_flag=True, help="Leave the guest running until Ctrl-C, and tell how to reach it.")
+@click.option("--port", type=click.IntRange(1024, 65535), help="Host port to forward.  [default: a free one]")
+@_common_options
+def demo(
+    stay: bool, port: int | None, runtime_dir: Path | None, log_format: LogFormat, log_level: str
+) -> int:
+    """Build a tiny guest, run it, fetch a page from it through a forwarded port, and stop it."""
+    from qrapd.demo import show
+
+    return show(stay=stay, port=port, base=runtime_dir, log_format=log_format, log_level=log_level)
+
+
+# --- what the commands share --------------------------------------------------------------------------
+
+
+def _plan(file: str) -> Plan:
+    from qrapd import plan, vm_files
+
+    vms = vm_files.directory(os.environ, os.geteuid())
+    return plan.resolve(vm_files.read(vm_files.find(file, vms)))
+
+
+def _base(runtime_dir: Path | None) -> Path:
+    from qrapd.runtime_directory import default_base
+
+    return runtime_dir or default_base(os.environ, os.geteuid())
+
+
+def _supervise(plan: Plan, base: Path, logs: Logs) -> int:
+    import anyio
+
+    from qrapd.supervisor import supervise
+
+    anyio.run(supervise, plan, base, logs.emit)
+    return ExitStatus.OK
+
+
+def _summary(plan: Plan) -> str:
+    links = len(plan.links)
+    network = "no network" if links == 0 else "1 link" if links == 1 else f"{links} links"
+    return f"{plan.name}: {Path(plan.qemu).name}, {'KVM' if plan.kvm else 'no KVM'}, {network}"
+
+
+def _wrapped(argv: list[str]) -> str:
+    """A command line to read and to paste: an option and its value on each line."""
+    lines: list[str] = []
+    for argument in argv:
+        if argument.startswith("-") or len(lines) <= 1:
+            lines.append(shlex.quote(argument))
+        else:
+            lines[-1] += " " + shlex.quote(argument)
+    return " \\\n  ".join(lines)
+
+
+def _show_findings(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        words = Text(finding.found)
+        if finding.remedy:
+            words.append(f"\n→ {finding.remedy}", style="bold")
+        table.add_row(Text(finding.status, colours[finding.status]), Text(finding.subject), words)
+    Console().print(table)
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+def _tell(error: QrapdError, logs: Logs) -> int:
+    """An error of a supervised VM: in words on a terminal, as an event where events go."""
+    if logs.format == "console":
+        _complain(error)
+    elif isinstance(error, ConfigurationError):
+        for problem in error.problems:
+            logs.emit("config.invalid", file=error.path, problem=str(problem), hint=problem.hint)
+    else:
+        logs.emit("run.failed", error=error.message, hint=error.hint)
+    return error.exit_status
+
+
+def _complain(error: QrapdError) -> None:
+    if isinstance(error, ConfigurationError):
+        for problem in error.problems:
+            click.echo(f"{error.path}: {problem}", err=True)
+            if problem.hint:
+                click.echo(f"  hint: {problem.hint}", err=True)
+        return
+    click.echo(f"qrapd: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"  hint: {error.hint}", err=True)
+
+
+def _report_bug() -> None:
+    import traceback
+
+    traceback.print_exc()
+    click.echo(
+        f"qrapd {__version__}: this is a bug in qrapd. Please report it with the lines above.", err=True
+    )

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qrapd demo``: a tiny guest, booted under the very supervisor that runs everybody's VMs, visited and stopped."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from rich.console import Console
+from rich.text import Text
+
+from qrapd import binaries, plan, vm_files
+from qrapd.errors import QemuFailed
+from qrapd.guest import GuestImage, build_guest, default_cache
+from qrapd.logs import Emit, LogFormat, Logs
+from qrapd.plan import Plan
+from qrapd.supervisor import supervise
+from qrapd.vm import Vm
+
+__all__ = ["show"]
+
+BOOT_TIMEOUT = 180.0
+"""Seconds for the guest to boot and answer: 2 to 5 on an idle machine without KVM (measured)."""
+
+_MEMORY = "128M"
+
+
+def show(*, stay: bool, port: int | None, base: Path | None, log_format: LogFormat, log_level: str) -> int:
+    """Run the demonstration and return the exit status.
+
+    :param base: the runtime directory; by default a temporary one.
+    :param log_format: anything but ``auto`` writes the events to stderr as well, beside what is shown.
+    :raise QrapdError: something that it needs is missing, or the guest did not come up.
+    """
+    console = Console(highlight=False)
+    say = partial(_line, console)
+    guest = build_guest(default_cache(), say=lambda line: say("preparing", line))
+    with tempfile.TemporaryDirectory(prefix="qrapd-demo-") as scratch:
+        file = Path(scratch) / "demo.toml"
+        port = port or _free_port()
+        file.write_text(_vm_file(guest, port))
+        made = plan.resolve(vm_files.read(file))
+        say("guest", f"Linux {guest.version} and busybox, {_MEMORY}, {_accelerator(made)}")
+        with Logs(log_format, log_level) as logs:
+            visit = _Visit(console, made, port, stay, None if log_format == "auto" else logs.emit)
+            anyio.run(supervise, made, base or Path(scratch) / "run", visit.note, visit.carry_out)
+    if visit.error is not None:
+        raise visit.error
+    say("done", "no process, socket or file is left")
+    return 0
+
+
+class _Visit:
+    """What the demonstration does beside the running VM, and what it shows of the events."""
+
+    def __init__(self, console: Console, made: Plan, port: int, stay: bool, log: Emit | None) -> None:
+        self.error: QemuFailed | None = None
+        self._console = console
+        self._plan = made
+        self._port = port
+        self._stay = stay
+        self._log = log
+        self._started = time.monotonic()
+        self._guest_ready = anyio.Event()
+        self._progress = "starting"
+
+    def note(self, event: str, /, **fields: object) -> None:
+        """An event of the VM: the demonstration's :class:`~qrapd.logs.Emit`."""
+        if self._log is not None:
+            self._log(event, **fields)
+        say = partial(_line, self._console)
+        match event:
+            case "link.connected":
+                say(
+                    "passt", f"pid {fields['passt_pid']}, 127.0.0.1:{self._port} leads to the guest's port 80"
+                )
+            case "vm.started":
+                say("QEMU", f"pid {fields['qemu_pid']}, the NIC behind a hub, the stream held")
+            case "vm.ready":
+                self._progress = "the guest boots"
+            case "guest.console":
+                self._note_console(str(fields["line"]), say)
+            case "vm.stopping":
+                say("stopping", f"by {fields['how']}")
+            case "vm.exited":
+                say("ended", f"{fields['reason']}, QEMU's exit status {fields.get('exit_code', 'unknown')}")
+
+    def _note_console(self, line: str, say: Callable[[str, str], None]) -> None:
+        if not line.startswith("guest: "):
+            self._progress = line
+            return
+        words = line.removeprefix("guest: ")
+        if words.startswith("lease "):
+            say("lease", f"{words.removeprefix('lease ')}  ({self._elapsed()})")
+        elif words == "ready":
+            self._guest_ready.set()
+        else:
+            say("guest", words)
+
+    async def carry_out(self, vm: Vm) -> None:
+        """Wait for the guest, fetch its page, and stop it or let it stay."""
+        with anyio.move_on_after(BOOT_TIMEOUT):
+            await self._wait_for_guest()
+            status, page = await self._fetch()
+            say = partial(_line, self._console)
+            say("HTTP", f"GET http://127.0.0.1:{self._port}/ says {status}  ({self._elapsed()})")
+            for line in page.splitlines():
+                say("", line)
+            if self._stay:
+                self._tell_how_to_reach(say)
+            else:
+                vm.stop()
+            return
+        self.error = QemuFailed(
+            f"the guest did not answer within {BOOT_TIMEOUT:g} s; the last that was seen: {self._progress}",
+            hint="see everything with: qrapd demo --log-format console",
+        )
+        vm.stop()
+
+    async def _wait_for_guest(self) -> None:
+        with self._console.status("") as status:
+            while not self._guest_ready.is_set():
+                status.update(Text(f"{self._elapsed()}  {self._progress}"))
+                with anyio.move_on_after(0.1):
+                    await self._guest_ready.wait()
+
+    async def _fetch(self) -> tuple[int, str]:
+        while True:
+            try:
+                return await anyio.to_thread.run_sync(_get, self._port)
+            except (OSError, http.client.HTTPException):
+                await anyio.sleep(0.2)
+
+    def _tell_how_to_reach(self, say: Callable[[str, str], None]) -> None:
+        say("staying", "until Ctrl-C, or until the guest powers off. Meanwhile, in another terminal:")
+        say("", f"curl http://127.0.0.1:{self._port}/cgi-bin/state")
+        say("", f"cat {self._plan.configuration.path}   # the VM's file")
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._started:.1f} s"
+
+
+def _line(console: Console, label: str, words: str) -> None:
+    console.print(Text.assemble((f"{label:>10}", "bold"), "  ", words), soft_wrap=True)
+
+
+def _accelerator(made: Plan) -> str:
+    works, reason = binaries.kvm_works(binaries.guest_architecture(made.qemu))
+    return f"{'KVM' if works else 'TCG'}: {reason}"
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _get(port: int) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def _vm_file(guest: GuestImage, port: int) -> str:
+    """The demonstration's own VM file. A JSON string is a TOML string, too."""
+    args = [
+        *("-machine", "q35", "-m", _MEMORY, "-no-reboot"),
+        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", guest.command_line),
+    ]
+    return f"""\
+[qemu]
+args = {json.dumps(args)}
+powerdown_timeout = 20
+
+[[link]]
+[link.passt]
+tcp_ports = ["127.0.0.1/{port}:80"]
+"""

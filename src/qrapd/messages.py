@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every event that qrapd tells: its level, its identity in the journal, and a sentence for people.
+
+The names and fields are an interface (docs/reference.md lists them). A ``message_id`` is
+made once, by ``systemd-id128 new``, and never changes: journalctl and the catalog find an event by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["EVENTS", "OUTPUT_EVENTS", "EventKind", "Level", "headline", "sentence"]
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class EventKind:
+    """One kind of event. ``text`` is a format string over the event's fields."""
+
+    level: Level
+    message_id: str
+    text: str
+
+
+EVENTS: Mapping[str, EventKind] = {
+    "vm.started": EventKind("info", "f02d3fb4b78647a791523c3e64d1c478", "QEMU started as pid {qemu_pid}"),
+    "vm.ready": EventKind(
+        "info",
+        "4f101e605c5c4d799d04ee6564921b62",
+        "the machine is {status}, {links} of {links} links connected",
+    ),
+    "vm.stopping": EventKind("info", "bdca7c9988f9472f9fa59dbb64d95d9d", "stopping ({how})"),
+    "vm.exited": EventKind("info", "8a4b3ad50c194cebafd597a071391d13", "ended: {reason}"),
+    "vm.reload_refused": EventKind(
+        "warning",
+        "80d011dd228c4052aa7e4f524af64493",
+        "SIGHUP came, but this version cannot re-read a file: restart the VM to apply changes",
+    ),
+    "passt.started": EventKind("info", "edbad456b46641bfab9ea564db6915a6", "passt started as pid {pid}"),
+    "passt.exited": EventKind("info", "412b4911d63147229e244bbd6bff21ff", "passt (pid {pid}) ended"),
+    "passt.output": EventKind("info", "ab67317f4da44dddb5d4e7d2540a97aa", "passt: {line}"),
+    "link.connected": EventKind(
+        "info",
+        "d06d72db6db547d9b8ae98214838fe0b",
+        "connected to passt (pid {passt_pid}), generation {generation}",
+    ),
+    "link.lost": EventKind(
+        "error",
+        "e60a205da3a34172b3710169c93dfde0",
+        "lost its passt ({reason}): the guest has no network on this NIC",
+    ),
+    "qemu.output": EventKind("warning", "c14d0e9b1bce421f93f0439804498a95", "qemu: {line}"),
+    "guest.console": EventKind("info", "dfa19d94e91a4a34b6ebf68d29a16143", "{line}"),
+    "record.failed": EventKind(
+        "warning", "aed06133c6584bde95c4c2e05afc2d31", "cannot write the VM's record: {error}"
+    ),
+    "log.dropped": EventKind(
+        "warning",
+        "741e41494f7e48759c2a2bfc4eb890fc",
+        "{count} lines were dropped: nobody read the log fast enough",
+    ),
+    "config.invalid": EventKind("error", "76e530557d5641199a552b5562107e32", "{file}: {problem}"),
+    "run.failed": EventKind("error", "17ef94c04b3049f191f8de8f8f38d9d4", "{error}"),
+}
+
+OUTPUT_EVENTS = frozenset({"guest.console", "passt.output", "qemu.output"})
+"""What others say through us: the first to be dropped when nobody reads the log."""
+
+
+class _Fields(dict[str, object]):
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+def sentence(event: str, fields: Mapping[str, object]) -> str:
+    """The event in words. A field that is missing shows as ``?`` rather than losing the line."""
+    kind = EVENTS.get(event)
+    if kind is None:
+        return event
+    return kind.text.format_map(_Fields(fields))
+
+
+def headline(event: str, fields: Mapping[str, object]) -> str:
+    """The sentence with the VM and link that it is about in front: ``web: link 0: connected to …``.
+
+    What the guest says stands behind a bar, as in ``web | login:``, so that it cannot pass for qrapd's word.
+    """
+    words = sentence(event, fields)
+    vm, link = fields.get("vm"), fields.get("link")
+    if event == "guest.console":
+        return f"{vm} | {words}"
+    if link is not None:
+        words = f"link {link}: {words}"
+    return f"{vm}: {words}" if vm is not None else words

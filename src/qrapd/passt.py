@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One passt: started in the foreground on one end of a socketpair, asked for a sign of life, seen off.
+
+With ``--fd`` there is no socket in the file system that anyone could take, no race for it, and no path that an
+AppArmor profile could deny; and passt has its client before the first connection from outside can arrive.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import anyio
+from anyio.abc import TaskGroup
+
+from qrapd import frames
+from qrapd.errors import Unavailable
+from qrapd.process import ExitStatus, Process, read_lines, spawn
+
+__all__ = ["Passt", "command_line", "is_noise", "suggest"]
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds for the first answer. passt answers 13 to 20 ms after its start (measured); this is for a host that swaps."""
+
+END_GRACE = 1.0
+"""Seconds for a passt to end when its client has hung up, and again after SIGTERM. It takes about a millisecond."""
+
+_REMEMBERED_LINES = 20
+_PEEK_SIZE = 128 * 1024  # more than passt's largest frame, 65535 bytes and its length word
+
+
+def command_line(argv: Sequence[str], fd: int | str) -> list[str]:
+    """The whole command line of a passt that serves the stream on ``fd``; ``argv`` is program and options."""
+    return [*argv, "--foreground", "--fd", str(fd)]
+
+
+class Passt:
+    """A running passt. ``words`` holds the last lines that it wrote."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._silent = anyio.Event()
+        self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
+
+    @property
+    def pid(self) -> int:
+        """passt's process id."""
+        return self._process.pid
+
+    @property
+    def start_time(self) -> int:
+        """Clock ticks since boot, to tell this process from a later one with the same pid."""
+        return self._process.start_time
+
+    @classmethod
+    async def start(
+        cls,
+        argv: Sequence[str],
+        stream: socket.socket,
+        *,
+        directory: Path,
+        tasks: TaskGroup,
+        tell: Callable[[str], None],
+    ) -> Passt:
+        """Start passt on ``stream``, which is closed here once passt has it.
+
+        :param argv: the program and its options, without those that are ours.
+        :param tasks: where the task runs that hands each line of output to ``tell``.
+        :raise Unavailable: the program cannot be run.
+        """
+        fd = stream.fileno()
+        with stream:
+            try:
+                process = await spawn(command_line(argv, fd), pass_fds=[fd], directory=directory)
+            except OSError as error:
+                raise Unavailable(f"cannot run {argv[0]}: {error.strerror}") from error
+        passt = cls(process)
+        tasks.start_soon(passt._listen, tell)
+        return passt
+
+    async def wait_until_alive(self, peer: socket.socket, mac: str) -> None:
+        """Wait until passt answers on the other end of its stream: its ports are bound and its loop runs.
+
+        Must be called before QEMU has ``peer``: whole frames are taken from it.
+
+        :raise Unavailable: passt ended, with its own words, or stayed silent.
+        """
+        ended: ExitStatus | None = None
+
+        async def watch(scope: anyio.CancelScope) -> None:
+            nonlocal ended
+            ended = await self._process.wait()
+            scope.cancel()
+
+        with anyio.move_on_after(ANSWER_TIMEOUT) as patience:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch, tasks.cancel_scope)
+                # A passt that ends hangs up as well; `watch` knows how it ended.
+                with contextlib.suppress(ConnectionError):
+                    await _ask_for_answer(peer, mac)
+                    tasks.cancel_scope.cancel()
+        if ended is not None:
+            raise await self._explain_end(ended)
+        if patience.cancelled_caught:
+            raise Unavailable(
+                f"passt (pid {self.pid}) did not answer within {ANSWER_TIMEOUT:g} s of its start",
+                hint="look at what it wrote (passt.output events); try it by hand with the line of `qrapd plan`",
+            )
+
+    async def wait(self) -> ExitStatus:
+        """Wait for the end of the process and of what it wrote."""
+        status = await self._process.wait()
+        with anyio.move_on_after(END_GRACE):
+            await self._silent.wait()
+        return status
+
+    async def end(self) -> ExitStatus:
+        """See passt off. It goes by itself when both ends of its stream but its own are closed."""
+        status = await self._process.end(END_GRACE)
+        self._process.close()
+        with anyio.move_on_after(END_GRACE):
+            await self._silent.wait()
+        return status
+
+    async def _listen(self, tell: Callable[[str], None]) -> None:
+        try:
+            async for line in read_lines(self._process.output):
+                if not is_noise(line):
+                    self.words.append(line)
+                    tell(line)
+        finally:
+            self._silent.set()
+
+    async def _explain_end(self, status: ExitStatus) -> Unavailable:
+        with anyio.move_on_after(END_GRACE):
+            await self._silent.wait()
+        last = self.words[-1] if self.words else "(nothing)"
+        return Unavailable(f"passt ended at once ({status}). It wrote: {last}", hint=suggest(last))
+
+
+async def _ask_for_answer(peer: socket.socket, mac: str) -> None:
+    peer.setblocking(False)
+    peer.send(frames.sign_of_life_request(frames.parse_mac(mac)))
+    while True:
+        await anyio.wait_readable(peer)
+        waiting = peer.recv(_PEEK_SIZE, socket.MSG_PEEK)
+        if not waiting:
+            raise ConnectionResetError
+        whole = list(frames.split_frames(waiting))
+        # Only whole frames may be taken: what is left is where QEMU begins to read.
+        peer.recv(sum(frames.LENGTH_SIZE + len(frame) for frame in whole))
+        if any(frames.is_answer(frame) for frame in whole):
+            return
+
+
+_NOISE = re.compile(r"Failed to send \d+ bytes to syslog")
+
+
+def is_noise(line: str) -> bool:
+    """Whether a line is only about passt's second copy of it: 2023-03 says so for each line without a /dev/log."""
+    return _NOISE.search(line) is not None
+
+
+def suggest(
+    words: str, *, unprivileged: bool | None = None, first_free_port: int | None = None
+) -> str | None:
+    """What to do about passt's last words.
+
+    :param unprivileged: whether low ports are closed to this process; default: whether it is not root.
+    :param first_free_port: net.ipv4.ip_unprivileged_port_start; default: read from /proc.
+    """
+    if "bind" in words.lower():
+        ports = [int(port) for port in re.findall(r"(?<![\d.])(\d{1,5})(?![\d.])", words.rpartition("-")[2])]
+        unprivileged = os.geteuid() != 0 if unprivileged is None else unprivileged
+        limit = _unprivileged_port_start() if first_free_port is None else first_free_port
+        low = [port for port in ports if 0 < port < limit]
+        if unprivileged and low:
+            return (
+                f"ports below {limit} are root's on this host; forward a higher one, "
+                f"or allow it: sudo sysctl net.ipv4.ip_unprivileged_port_start={min(low)}"
+            )
+        return "see who has the port: ss -lntup (as root it names the process); forward another one, or end that one"
+    if "namespace" in words.lower() or "sandbox" in words.lower():
+        return "passt needs user namespaces to shut itself in: `qrapd doctor` says what is in their way"
+    return "try it by hand with the line that `qrapd plan` prints"
+
+
+def _unprivileged_port_start() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    except (OSError, ValueError):
+        return 1024

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Child processes: spawned whole or not at all, watched by pidfd, their output read as lines.
+
+No output of a child can block it: the write end of its pipe is non-blocking, so a line that nobody takes is
+lost to the child instead of stopping it. SIGPIPE stays ignored in children, as Python has it: passt 2023-03
+dies of it at the next DHCP request once the reader of its stderr is gone (measured), and QEMU ignores it anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from qrapd.lines import LineSplitter
+
+__all__ = ["ExitStatus", "Process", "read_lines", "spawn", "start_time"]
+
+_PIPE_SIZE = 256 * 1024
+"""Bytes; room for a burst of output while the event loop is busy. pipe(7): at most 1 MiB without privilege."""
+
+_READ_SIZE = 64 * 1024
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """How a process ended: by an exit code, or by a signal."""
+
+    exit_code: int | None = None
+    signal: int | None = None
+
+    @classmethod
+    def from_returncode(cls, returncode: int) -> ExitStatus:
+        """``returncode`` as :mod:`subprocess` has it: negative for a signal."""
+        if returncode < 0:
+            return cls(signal=-returncode)
+        return cls(exit_code=returncode)
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """As log fields: ``exit_code`` or ``signal``."""
+        if self.signal is not None:
+            return {"signal": self.signal}
+        return {"exit_code": self.exit_code or 0}
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            try:
+                return f"killed by {signal.Signals(self.signal).name}"
+            except ValueError:
+                return f"killed by signal {self.signal}"
+        return f"exit status {self.exit_code}"
+
+
+class Process:
+    """A running child. ``output`` is the read end of its stdout and stderr, for :func:`read_lines`."""
+
+    def __init__(self, child: asyncio.subprocess.Process, output: int) -> None:
+        self._child = child
+        self.pid = child.pid
+        self.output = output
+        self.start_time = start_time(child.pid)
+        self._pidfd = os.pidfd_open(child.pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the end of the process has not been noticed yet."""
+        return self._child.returncode is None
+
+    async def wait(self) -> ExitStatus:
+        """Wait for the end; may be called by several tasks, and again afterwards."""
+        return ExitStatus.from_returncode(await self._child.wait())
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens if the process has ended (a pidfd never names another one)."""
+        if self._pidfd < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    async def end(self, grace: float) -> ExitStatus:
+        """See the process off: up to ``grace`` seconds to go by itself, as long again after SIGTERM, then SIGKILL."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with anyio.move_on_after(grace):
+                return await self.wait()
+            self.send_signal(number)
+        return await self.wait()
+
+    def close(self) -> None:
+        """Give back the pidfd. The output belongs to whoever reads it."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+async def spawn(
+    argv: Sequence[str],
+    *,
+    pass_fds: Iterable[int] = (),
+    directory: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Process:
+    """Start a program with just the fds it is given, stdin from /dev/null, in a session of its own.
+
+    A session of its own keeps a terminal's Ctrl-C, which goes to the whole foreground process group, from
+    ending QEMU before qrapd could ask the guest to power down.
+
+    Cancellation waits until the process exists, so that none is ever left without an owner.
+
+    :raise OSError: the program or the directory cannot be used.
+    """
+    _watch_children_by_pidfd()
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    # Refused when this user's pipes have reached fs.pipe-user-pages-soft: the default size serves, too.
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+    try:
+        with anyio.CancelScope(shield=True):
+            child = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                pass_fds=tuple(pass_fds),
+                cwd=directory,
+                env=environment,
+                start_new_session=True,
+                restore_signals=False,
+            )
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    return Process(child, read_end)
+
+
+async def read_lines(fd: int) -> AsyncIterator[str]:
+    """The lines that come out of a non-blocking pipe or socket until its end; closes ``fd``."""
+    splitter = LineSplitter()
+    try:
+        while True:
+            try:
+                chunk = os.read(fd, _READ_SIZE)
+            except BlockingIOError:
+                await anyio.wait_readable(fd)
+                continue
+            except ConnectionResetError:
+                break
+            if not chunk:
+                break
+            for line in splitter.feed(chunk):
+                yield line
+        for line in splitter.finish():
+            yield line
+    finally:
+        os.close(fd)
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with the pid it names a process for good.
+
+    proc_pid_stat(5), field 22. The second field is the program's name and may hold blanks and parentheses.
+
+    :raise ProcessLookupError: there is no such process.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def _watch_children_by_pidfd() -> None:
+    """Python 3.11 would start a thread per child; from 3.12 on pidfds are the default."""
+    if sys.version_info >= (3, 12):
+        return
+    policy = asyncio.get_event_loop_policy()
+    watcher = getattr(policy, "_watcher", None)
+    if not isinstance(watcher, asyncio.PidfdChildWatcher):
+        watcher = asyncio.PidfdChildWatcher()
+        policy.set_child_watcher(watcher)
+    # Attaching again would forget the children that are being watched.
+    if not watcher.is_active():
+        watcher.attach_loop(asyncio.get_running_loop())

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One QEMU process: spawned with its streams, its monitors and its console handed over by fd.
+
+Its sockets are bound here and connected to before QEMU runs: the monitor's greeting and the guest's first
+words come as soon as there are any, and nobody has to poll for a socket to appear.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+
+import anyio
+from anyio.abc import TaskGroup
+
+from qrapd.errors import QemuFailed, Unavailable
+from qrapd.plan import Plan
+from qrapd.process import ExitStatus, Process, read_lines, spawn
+from qrapd.qemu_arguments import Endpoints
+from qrapd.runtime_directory import VmDirectory
+
+__all__ = ["Qemu"]
+
+_REMEMBERED_LINES = 20
+
+_DRAIN_SECONDS = 1.0
+"""How long to wait for the rest of what an ended QEMU and its guest wrote: a child of QEMU may hold the pipe."""
+
+
+class Qemu:
+    """A running QEMU. ``words`` holds the last lines that it wrote itself, ``monitor`` its QMP connection."""
+
+    def __init__(self, process: Process, monitor: socket.socket, console: socket.socket) -> None:
+        self.process = process
+        self.monitor = monitor
+        self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
+        self._console = console
+        self._drained = [anyio.Event(), anyio.Event()]
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        return self.process.pid
+
+    @classmethod
+    async def spawn(cls, plan: Plan, directory: VmDirectory, streams: Sequence[int]) -> Qemu:
+        """Start QEMU with one stream for each link.
+
+        :raise Unavailable: the program cannot be run, or its sockets cannot be made.
+        """
+        with contextlib.ExitStack() as ours:
+            listeners = [
+                ours.enter_context(directory.listen(name))
+                for name in ("qmp.sock", "user-qmp.sock", "serial.sock")
+            ]
+            qmp, user_qmp, serial = (listener.fileno() for listener in listeners)
+            with contextlib.ExitStack() as unless_started:
+                monitor = unless_started.enter_context(_connect(listeners[0]))
+                console = unless_started.enter_context(_connect(listeners[2]))
+                argv = plan.qemu_command_line(Endpoints(qmp, user_qmp, serial, streams))
+                try:
+                    process = await spawn(
+                        argv, pass_fds=[qmp, user_qmp, serial, *streams], directory=plan.directory
+                    )
+                except OSError as error:
+                    raise Unavailable(f"cannot run {argv[0]}: {error.strerror}") from error
+                unless_started.pop_all()
+        return cls(process, monitor, console)
+
+    def listen(
+        self, tasks: TaskGroup, tell: Callable[[str], None], tell_console: Callable[[str], None]
+    ) -> None:
+        """Hand on the lines that QEMU writes, and those of the guest's console, until both have ended."""
+
+        def remember(line: str) -> None:
+            self.words.append(line)
+            tell(line)
+
+        tasks.start_soon(self._hand_on, self.process.output, remember, self._drained[0])
+        tasks.start_soon(self._hand_on, self._console.detach(), tell_console, self._drained[1])
+
+    async def _hand_on(self, fd: int, tell: Callable[[str], None], drained: anyio.Event) -> None:
+        try:
+            async for line in read_lines(fd):
+                tell(line)
+        finally:
+            drained.set()
+
+    async def wait(self) -> ExitStatus:
+        """Wait for the end of the process and of what it wrote."""
+        status = await self.process.wait()
+        with anyio.move_on_after(_DRAIN_SECONDS):
+            for drained in self._drained:
+                await drained.wait()
+        return status
+
+    def explain(self, status: ExitStatus) -> QemuFailed:
+        """Why QEMU ended badly, in its own words."""
+        words = " / ".join(list(self.words)[-3:])
+        said = f". It wrote: {words}" if words else " and wrote nothing"
+        return QemuFailed(f"QEMU (pid {self.pid}) ended: {status}{said}", hint=_suggest(words, status))
+
+
+def _connect(listener: socket.socket) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(listener.getsockname())
+    connection.setblocking(False)
+    return connection
+
+
+def _suggest(words: str, status: ExitStatus) -> str | None:
+    if "No such file" in words or "could not load kernel" in words or "Could not open" in words:
+        return (
+            "correct the path in `args`: relative ones start at the VM's `directory`, by default the file's"
+        )
+    if "lock" in words:
+        return "another QEMU has this disk open: see who it is with `fuser -v FILE`"
+    if "KVM" in words or "kvm" in words:
+        return "set accel = 'tcg', or see what is in KVM's way with `qrapd doctor`"
+    if status.signal is not None:
+        return "see `journalctl -k` for the kernel's reason (out of memory?), or who sent the signal"
+    return "see the line that was run with `qrapd plan`"

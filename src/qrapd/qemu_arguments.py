@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU's command line for a VM: the monitors, the console, one hub per link, and then the user's own arguments.
+
+A link's NIC sits behind a hub from the start, because a NIC's own backend cannot be replaced while it runs,
+and a hub's port can, without the guest seeing its carrier change (measured with QEMU 7.2 to 11.1)::
+
+    NIC -- hubport linkN-nic -- hub N -- hubport linkN-port1 -- netdev linkN-stream1 -- fd
+
+The number after ``port`` and ``stream`` is the link's generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qrapd.config import VmConfiguration, chooses_accelerator
+
+__all__ = ["Endpoints", "command_line"]
+
+FIRST_GENERATION = 1
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """What QEMU inherits, as fd numbers, or as words where only the form of a command line is wanted."""
+
+    qmp: int | str
+    user_qmp: int | str
+    serial: int | str
+    streams: Sequence[int | str]
+
+    @classmethod
+    def placeholders(cls, links: int) -> Endpoints:
+        """For ``qrapd plan``: words that say which fd will stand there."""
+        return cls("QMP_FD", "USER_QMP_FD", "SERIAL_FD", [f"LINK{n}_FD" for n in range(links)])
+
+
+def command_line(
+    configuration: VmConfiguration, binary: str, *, kvm: bool, endpoints: Endpoints
+) -> list[str]:
+    """The whole argv. ``kvm`` says what ``accel = "auto"`` comes to on this host."""
+    return [
+        binary,
+        *("-name", f"guest={configuration.name}"),
+        *_accelerator(configuration, kvm=kvm),
+        # No window and no VNC server that nobody asked for; a later -display or -vnc of the user's wins.
+        *("-display", "none"),
+        *_monitor("qmp", endpoints.qmp),
+        *_monitor("user-qmp", endpoints.user_qmp),
+        *_console(configuration, endpoints.serial),
+        *_network(configuration, endpoints.streams),
+        *configuration.qemu.args,
+    ]
+
+
+def _accelerator(configuration: VmConfiguration, *, kvm: bool) -> Iterator[str]:
+    accel = configuration.qemu.accel
+    if accel == "args" or chooses_accelerator(configuration.qemu.args):
+        return
+    if accel == "auto":
+        accel = "kvm" if kvm else "tcg"
+    yield from ("-accel", accel)
+
+
+def _monitor(name: str, fd: int | str) -> Iterator[str]:
+    # The socket is bound by us and handed over, so that it can be connected to before QEMU has started.
+    yield from ("-chardev", f"socket,id={name},fd={fd},server=on,wait=off")
+    yield from ("-mon", f"chardev={name},mode=control")
+
+
+def _console(configuration: VmConfiguration, fd: int | str) -> Iterator[str]:
+    if configuration.qemu.console == "none":
+        return
+    yield from ("-chardev", f"socket,id=console,fd={fd},server=on,wait=off")
+    yield from ("-serial", "chardev:console")
+
+
+def _network(configuration: VmConfiguration, streams: Sequence[int | str]) -> Iterator[str]:
+    if not configuration.links:
+        # Without any word on it QEMU would give the guest a NIC on its own user-mode network.
+        yield from ("-nic", "none")
+    for index, (link, fd) in enumerate(zip(configuration.links, streams, strict=True)):
+        stream = f"link{index}-stream{FIRST_GENERATION}"
+        yield from ("-netdev", f"socket,id={stream},fd={fd}")
+        yield from ("-netdev", f"hubport,id=link{index}-port{FIRST_GENERATION},hubid={index},netdev={stream}")
+        yield from ("-netdev", f"hubport,id=link{index}-nic,hubid={index}")
+        model, _, properties = link.device.partition(",")
+        own = f"{model},id=link{index},netdev=link{index}-nic,mac={configuration.mac(index)}"
+        yield from ("-device", f"{own},{properties}" if properties else own)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU's monitor: qemu.qmp with the deadlines that it leaves to its callers.
+
+Importing this module costs about 30 ms (qemu.qmp); what starts a QEMU imports it while QEMU comes up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import anyio
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    StateError,
+)
+from qemu.qmp.protocol import Runstate
+
+from qrapd.errors import QmpFailed
+
+__all__ = ["Qmp"]
+
+COMMAND_TIMEOUT = 10.0
+"""Seconds. QEMU answers in under a millisecond unless its main loop hangs; there is no other sign of that."""
+
+# What qemu.qmp would log itself (a hang-up, a protocol error) reaches its caller as an exception as well.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+
+EventHandler = Callable[[str, Mapping[str, Any]], None]
+
+
+class Qmp:
+    """A session on a monitor. One at a time: QEMU lets a second client wait until the first has left."""
+
+    def __init__(self, client: QMPClient) -> None:
+        self._client = client
+
+    @classmethod
+    async def connect(cls, connection: socket.socket, name: str) -> Qmp:
+        """Take over a connected socket and negotiate; waits for QEMU for as long as the caller's scope lets it.
+
+        :raise QmpFailed: QEMU hung up or spoke something else.
+        """
+        connection.setblocking(False)
+        client = QMPClient(name)
+        try:
+            await client.connect(connection)
+        except ConnectError as error:
+            raise QmpFailed(f"QEMU's monitor did not answer: {error}") from error
+        except BaseException:  # a cancellation
+            await cls(client).close()
+            raise
+        return cls(client)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
+    ) -> Any:
+        """Carry out one command and return its result.
+
+        :param timeout: seconds.
+        :raise QmpFailed: QEMU refused, hung up, or did not answer in time.
+        """
+        try:
+            with anyio.fail_after(timeout):
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise QmpFailed(f"QEMU refused {command}: {error}") from error
+        except TimeoutError:
+            raise QmpFailed(f"QEMU did not answer {command} within {timeout:g} s") from None
+        except (ExecInterruptedError, StateError) as error:
+            raise QmpFailed(f"QEMU hung up while asked to {command}") from error
+
+    async def watch(self, handle: EventHandler) -> None:
+        """Give each of QEMU's events (name and data) to ``handle`` until the session ends."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._deliver, handle)
+            # A listener stays silent for ever after a kill -9 of QEMU (measured); the run state tells of it.
+            while self._client.runstate is Runstate.RUNNING:
+                await self._client.runstate_changed()
+            tasks.cancel_scope.cancel()
+        for message in self._client.events.clear():
+            _hand_on(message, handle)
+
+    async def _deliver(self, handle: EventHandler) -> None:
+        async for message in self._client.events:
+            _hand_on(message, handle)
+
+    async def close(self) -> None:
+        """End the session, whatever state it is in."""
+        with anyio.move_on_after(1, shield=True), contextlib.suppress(EOFError, OSError, QMPError):
+            # Raises what ended the reader (EOFError when QEMU has hung up), which by now is no news.
+            await self._client.disconnect()
+
+
+def _hand_on(message: Message, handle: EventHandler) -> None:
+    handle(str(message["event"]), cast("Mapping[str, Any]", message.get("data", {})))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a running VM keeps its lock, record and sockets: ``BASE/NAME/``, gone when the VM is.
+
+The base is $RUNTIME_DIRECTORY (set by systemd), else /run/qrapd for root, else $XDG_RUNTIME_DIR/qrapd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from qrapd.errors import AlreadySupervised, Unavailable
+
+__all__ = ["SOCKETS", "VmDirectory", "default_base"]
+
+SUN_PATH_MAX = 107
+"""Bytes that a UNIX socket's path may have: unix(7), sizeof(sun_path) less its NUL."""
+
+SOCKETS = ("qmp.sock", "user-qmp.sock", "serial.sock", "control.sock")
+"""Every socket that a VM's directory may hold."""
+
+
+def default_base(environment: Mapping[str, str], uid: int) -> Path:
+    """The runtime directory that is meant when none is named.
+
+    :raise Unavailable: an unprivileged user without $XDG_RUNTIME_DIR.
+    """
+    if directory := environment.get("RUNTIME_DIRECTORY"):
+        return Path(directory.split(":")[0])
+    if uid == 0:
+        return Path("/run/qrapd")
+    if directory := environment.get("XDG_RUNTIME_DIR"):
+        return Path(directory) / "qrapd"
+    raise Unavailable(
+        "there is no runtime directory: $XDG_RUNTIME_DIR is not set",
+        hint="log in through a session that sets it, or name a directory of your own: --runtime-dir DIR",
+    )
+
+
+class VmDirectory:
+    """A VM's own directory, mode 0700, held by an exclusive lock for as long as the VM is supervised."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        # Absolute, since QEMU works in a directory of its own.
+        self.path = base.absolute() / name
+        self._lock = -1
+        self._leave = False
+
+    def socket_path(self, name: str) -> Path:
+        """Where the socket ``name`` is, one of :data:`SOCKETS`."""
+        return self.path / name
+
+    @property
+    def record_path(self) -> Path:
+        """Where the supervisor's record is: see :mod:`qrapd.record`."""
+        return self.path / "record.json"
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[VmDirectory]:
+        """Make and lock the directory; on the way out remove it with all that is ours in it.
+
+        :raise AlreadySupervised: another process holds the lock.
+        :raise Unavailable: the directory cannot be made, or its path is too long for a socket.
+        """
+        self._check_length()
+        self._make()
+        self._take_lock()
+        try:
+            yield self
+        finally:
+            self._remove()
+
+    def leave_as_it_is(self) -> None:
+        """Remove nothing on the way out: what is in the directory is in use by others."""
+        self._leave = True
+
+    def listen(self, name: str) -> socket.socket:
+        """A listening socket, to be handed to QEMU by fd: whoever connects from now on waits, but is not refused."""
+        path = self.socket_path(name)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(str(path))
+            listener.listen(1)
+        except OSError as error:
+            listener.close()
+            raise Unavailable(f"cannot listen on {path}: {error.strerror}") from error
+        return listener
+
+    def _check_length(self) -> None:
+        longest = max((self.socket_path(name) for name in SOCKETS), key=lambda path: len(os.fsencode(path)))
+        length = len(os.fsencode(longest))
+        if length > SUN_PATH_MAX:
+            raise Unavailable(
+                f"the path {longest} has {length} bytes, and a socket's path may have {SUN_PATH_MAX}",
+                hint="choose a shorter runtime directory with --runtime-dir, or a shorter name for the VM",
+            )
+
+    def _make(self) -> None:
+        try:
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            # systemd's RuntimeDirectoryMode may have made it wider, and mkdir() is subject to the umask.
+            self.path.chmod(0o700)
+        except OSError as error:
+            raise Unavailable(
+                f"cannot make the runtime directory {self.path}: {error.strerror}",
+                hint="run as a user who may write there, or name another place: --runtime-dir DIR",
+            ) from error
+
+    def _take_lock(self) -> None:
+        path = self.path / "lock"
+        while True:
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                self._make()  # the last supervisor removed the directory between our two steps
+                continue
+            except OSError as error:
+                raise Unavailable(
+                    f"cannot write in the runtime directory {self.path}: {error.strerror}",
+                    hint="run as the user who owns it, or name another place: --runtime-dir DIR",
+                ) from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise AlreadySupervised(
+                    f"the VM {self.path.name} is already supervised: another process holds {path}",
+                    hint=f"see who it is with `fuser -v {path}`, or run this one under another name",
+                ) from None
+            if _is_same_file(lock, path):
+                self._lock = lock
+                return
+            os.close(lock)  # the last supervisor removed the file after we had opened it
+
+    def _remove(self) -> None:
+        if self._leave:
+            os.close(self._lock)
+            return
+        for name in (*SOCKETS, "record.json", "record.new", "lock"):
+            (self.path / name).unlink(missing_ok=True)
+        # What others have put there stays, and so does a directory whose parent is not ours to write (systemd's).
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+        os.close(self._lock)
+        self._lock = -1
+
+
+def _is_same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM in the foreground: its runtime directory, the signals that reach qrapd, and the VM between them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from qrapd import record
+from qrapd.errors import AlreadySupervised
+from qrapd.logs import Emit
+from qrapd.plan import Plan
+from qrapd.runtime_directory import VmDirectory
+from qrapd.vm import Outcome, Vm
+
+__all__ = ["supervise"]
+
+
+async def supervise(
+    plan: Plan, base: Path, emit: Emit, companion: Callable[[Vm], Coroutine[Any, Any, None]] | None = None
+) -> Outcome:
+    """Run a VM until it ends. SIGTERM or SIGINT end it in order; each further one takes the next, rougher step.
+
+    :param base: the runtime directory, above the VM's own.
+    :param companion: runs beside the VM for as long as both like.
+    :raise QrapdError: the VM could not start, or ended badly.
+    """
+    directory = VmDirectory(base, plan.name)
+    # Signals first: from here on none can end qrapd between two steps and leave something behind.
+    with (
+        anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
+        directory.claim(),
+    ):
+        _refuse_second_qemu(directory)
+        vm = Vm(plan, directory, emit)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_obey, signals, vm, emit)
+            if companion is not None:
+                tasks.start_soon(companion, vm)
+            outcome = await vm.run()
+            tasks.cancel_scope.cancel()
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome
+
+
+async def _obey(signals: AsyncIterator[signal.Signals], vm: Vm, emit: Emit) -> None:
+    async for number in signals:
+        if number == signal.SIGHUP:
+            emit("vm.reload_refused", vm=vm.plan.name)
+        else:
+            vm.stop()
+
+
+def _refuse_second_qemu(directory: VmDirectory) -> None:
+    """Two QEMUs on the same disks destroy them; a supervisor that was killed leaves its QEMU running."""
+    left = record.read(directory.record_path)
+    if left is None or not left.qemu.alive:
+        return
+    directory.leave_as_it_is()
+    raise AlreadySupervised(
+        f"a QEMU of this VM (pid {left.qemu.pid}) still runs, left by a supervisor that is gone",
+        hint=f"end it, and with it its passt, and start again: kill {left.qemu.pid}",
+    )

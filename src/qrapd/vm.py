@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM, from start to end: what happens goes through the lifecycle table, and its actions are carried out here."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from qrapd import record
+from qrapd.errors import QmpFailed, QrapdError
+from qrapd.lifecycle import DEADLINES, Action, Deadline, Event, Reason, State, advance, judge_exit
+from qrapd.link import Link
+from qrapd.logs import Emit
+from qrapd.plan import Plan
+from qrapd.process import ExitStatus
+from qrapd.qemu import Qemu
+from qrapd.runtime_directory import VmDirectory
+
+if TYPE_CHECKING:
+    from qrapd.qmp import Qmp
+
+__all__ = ["Outcome", "Vm"]
+
+QMP_TIMEOUT = 120.0
+"""Seconds for a started QEMU to answer on its monitor: it sets up the guest's memory first, huge pages included."""
+
+PRESS_AGAIN_SECONDS = 5.0
+"""The power button is pressed again this often: a guest that still boots has no ear for it yet, and loses it."""
+
+HANG_UP_GRACE = 1.0
+"""Seconds between QEMU's closing its monitor and its end that count as one and the same."""
+
+# QEMU's qapi/run-state.json, RunState: nobody is awake in there to obey a power button.
+_PAUSED = frozenset({"paused", "prelaunch", "inmigrate", "io-error"})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a VM ended; ``error`` says what went wrong, if anything did."""
+
+    reason: Reason
+    error: QrapdError | None = None
+
+
+class Vm:
+    """One QEMU and its links. Make it, await :meth:`run`, and call :meth:`stop` from another task."""
+
+    def __init__(self, plan: Plan, directory: VmDirectory, emit: Emit) -> None:
+        self.plan = plan
+        self.state = State.NEW
+        self._directory = directory
+        self._emit: Emit = partial(emit, vm=plan.name)
+        self._links = [Link(link, plan.passt_directory, self._emit) for link in plan.links]
+        self._qemu: Qemu | None = None
+        self._qmp: Qmp | None = None
+        self._status: ExitStatus | None = None
+        self._error: QrapdError | None = None
+        self._shutdown_cause: str | None = None
+        self._stop_requested = False
+        self._send, self._inbox = anyio.create_memory_object_stream[tuple[Event, int | None]](math.inf)
+        self._state_number = 0
+        self._start_scope = anyio.CancelScope()
+        self._start_settled = anyio.Event()
+        self._machine = "unknown"
+
+    # --- from outside ---------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask for an orderly end; asked again, take the next, rougher step at once."""
+        event = Event.HURRY if self._stop_requested else Event.STOP
+        self._stop_requested = True
+        self._post(event)
+
+    async def run(self) -> Outcome:
+        """Live the VM's whole life. When this returns or is cancelled, nothing of the VM is left."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._post(Event.START)
+                while self.state is not State.ENDED:
+                    event, number = await self._inbox.receive()
+                    if number in (None, self._state_number):
+                        self._step(event, tasks)
+                tasks.cancel_scope.cancel()
+        finally:
+            # Only now: a spawn that was under way when a cancellation came has ended, and left its process to us.
+            await self._leave_nothing()
+        return self._judge()
+
+    # --- the table's servant --------------------------------------------------------------------------
+
+    def _post(self, event: Event, number: int | None = None) -> None:
+        self._send.send_nowait((event, number))
+
+    def _step(self, event: Event, tasks: TaskGroup) -> None:
+        before = self.state
+        self.state, actions = advance(before, event)
+        if self.state is not before:
+            self._state_number += 1
+            if deadline := DEADLINES.get(self.state):
+                tasks.start_soon(self._expire, self._seconds(deadline), self._state_number)
+        for action in actions:
+            self._carry_out(action, tasks)
+
+    def _carry_out(self, action: Action, tasks: TaskGroup) -> None:
+        match action:
+            case Action.START_LINKS:
+                tasks.start_soon(self._start_links, tasks)
+            case Action.SPAWN_QEMU:
+                tasks.start_soon(self._spawn_qemu, tasks)
+            case Action.CONNECT_QMP:
+                tasks.start_soon(self._connect_qmp, tasks)
+            case Action.ANNOUNCE_READY:
+                self._emit("vm.ready", status=self._machine, links=len(self._links))
+            case Action.POWER_DOWN:
+                self._emit("vm.stopping", reason="request", how="power-down")
+                tasks.start_soon(self._power_down)
+            case Action.QUIT:
+                self._emit("vm.stopping", reason="request", how="quit")
+                tasks.start_soon(self._quit)
+            case Action.TERMINATE:
+                self._signal(signal.SIGTERM)
+            case Action.KILL:
+                self._signal(signal.SIGKILL)
+            case Action.RELEASE_LINKS:
+                self._start_scope.cancel()
+                tasks.start_soon(self._release_links)
+            case Action.FINISH:
+                self._finish()
+
+    def _seconds(self, deadline: Deadline) -> float:
+        match deadline:
+            case Deadline.QMP:
+                return QMP_TIMEOUT
+            case Deadline.POWERDOWN:
+                return self.plan.configuration.qemu.powerdown_timeout
+            case Deadline.QUIT:
+                return self.plan.configuration.qemu.quit_timeout
+
+    async def _expire(self, seconds: float, number: int) -> None:
+        await anyio.sleep(seconds)
+        if self.state is State.CONNECTING and number == self._state_number:
+            self._error = QmpFailed(
+                f"QEMU's monitor did not answer within {seconds:g} s of its start",
+                hint="see what QEMU wrote (qemu.output events); is the host out of memory?",
+            )
+        self._post(Event.DEADLINE, number)
+
+    # --- starting -------------------------------------------------------------------------------------
+
+    async def _start_links(self, tasks: TaskGroup) -> None:
+        try:
+            with self._start_scope:
+                async with anyio.create_task_group() as starting:
+                    for link in self._links:
+                        starting.start_soon(link.start, tasks)
+                self._post(Event.LINKS_UP)
+        except* QrapdError as group:
+            self._error = _first(group)
+            self._post(Event.LINKS_FAILED)
+        finally:
+            self._start_settled.set()
+
+    async def _spawn_qemu(self, tasks: TaskGroup) -> None:
+        try:
+            streams = [link.stream_fd for link in self._links]
+            self._qemu = qemu = await Qemu.spawn(self.plan, self._directory, streams)
+        except QrapdError as error:
+            self._error = error
+            self._post(Event.SPAWN_FAILED)
+            return
+        qemu.listen(
+            tasks,
+            lambda line: self._emit("qemu.output", line=line),
+            lambda line: self._emit("guest.console", line=line),
+        )
+        tasks.start_soon(self._watch_qemu, qemu)
+        self._write_record(qemu)
+        self._emit("vm.started", qemu_pid=qemu.pid)
+        self._post(Event.QEMU_SPAWNED)
+
+    def _write_record(self, qemu: Qemu) -> None:
+        passts = (link.process_id for link in self._links)
+        try:
+            record.write(
+                self._directory.record_path,
+                record.Record(
+                    record.ProcessId(qemu.pid, qemu.process.start_time),
+                    tuple(passt for passt in passts if passt is not None),
+                ),
+            )
+        except OSError as error:
+            # A full /run is no reason to end a VM; what is lost is that a later start would be warned.
+            self._emit("record.failed", error=f"{self._directory.record_path}: {error.strerror}")
+
+    async def _watch_qemu(self, qemu: Qemu) -> None:
+        self._status = await qemu.wait()
+        self._post(Event.QEMU_EXITED)
+
+    async def _connect_qmp(self, tasks: TaskGroup) -> None:
+        # Imported here, while QEMU comes up: nothing before needs it.
+        from qrapd.qmp import Qmp
+
+        assert self._qemu is not None
+        try:
+            self._qmp = qmp = await Qmp.connect(self._qemu.monitor, self.plan.name)
+            tasks.start_soon(qmp.watch, self._note_qemu_event)
+            self._machine = await self._machine_status()
+        except QmpFailed as error:
+            await self._note_qmp_failure(error)
+        else:
+            self._post(Event.QMP_UP)
+
+    async def _note_qmp_failure(self, error: QmpFailed) -> None:
+        """A QEMU that ends hangs up first: only where it goes on is the monitor's silence the news."""
+        assert self._qemu is not None
+        with anyio.move_on_after(HANG_UP_GRACE):
+            await self._qemu.process.wait()
+            return
+        self._error = error
+        self._post(Event.QMP_FAILED)
+
+    def _note_qemu_event(self, name: str, data: Mapping[str, Any]) -> None:
+        if name == "SHUTDOWN":
+            self._shutdown_cause = data.get("reason")
+
+    async def _machine_status(self) -> str:
+        assert self._qmp is not None
+        return str((await self._qmp.execute("query-status"))["status"])
+
+    # --- stopping -------------------------------------------------------------------------------------
+
+    async def _power_down(self) -> None:
+        try:
+            assert self._qmp is not None
+            if await self._machine_status() in _PAUSED:
+                self._post(Event.DEADLINE)
+                return
+            while self.state is State.POWERING_DOWN:
+                await self._qmp.execute("system_powerdown")
+                await anyio.sleep(PRESS_AGAIN_SECONDS)
+        except QmpFailed as error:
+            await self._note_qmp_failure(error)
+
+    async def _quit(self) -> None:
+        try:
+            assert self._qmp is not None
+            await self._qmp.execute("quit")
+        except QmpFailed as error:
+            await self._note_qmp_failure(error)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._qemu is not None
+        self._emit("vm.stopping", reason="request" if self._stop_requested else "failed", how=number.name)
+        self._qemu.process.send_signal(number)
+
+    async def _release_links(self) -> None:
+        await self._start_settled.wait()
+        async with anyio.create_task_group() as releasing:
+            for link in self._links:
+                releasing.start_soon(link.release)
+        self._post(Event.LINKS_DOWN)
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        outcome = self._judge()
+        self._emit("vm.exited", reason=outcome.reason.value, **(self._status.fields if self._status else {}))
+
+    def _judge(self) -> Outcome:
+        if self._status is None:
+            if self._stop_requested and self._error is None:
+                return Outcome(Reason.REQUEST)
+            return Outcome(Reason.FAILED, self._error)
+        verdict = judge_exit(
+            exit_code=self._status.exit_code,
+            signal=self._status.signal,
+            stop_requested=self._stop_requested,
+            shutdown_cause=self._shutdown_cause,
+        )
+        if not verdict.failure:
+            return Outcome(verdict.reason)
+        assert self._qemu is not None
+        # Where we ended it ourselves, the reason for that is what counts.
+        ended_by_us = self._error is not None and self._status.exit_code in (0, None)
+        return Outcome(
+            Reason.FAILED if ended_by_us else verdict.reason,
+            self._error if ended_by_us else self._qemu.explain(self._status),
+        )
+
+    async def _leave_nothing(self) -> None:
+        """End whatever still runs: only after a cancellation or a bug of ours is there anything."""
+        with anyio.CancelScope(shield=True):
+            if self._qmp is not None:
+                await self._qmp.close()
+            if self._qemu is not None:
+                self._qemu.monitor.close()
+                if self._qemu.process.alive:
+                    self._status = await self._qemu.process.end(self.plan.configuration.qemu.quit_timeout)
+                self._qemu.process.close()
+            for link in self._links:
+                await link.release()
+
+
+def _first(group: BaseExceptionGroup[QrapdError]) -> QrapdError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, QrapdError)
+    return error
