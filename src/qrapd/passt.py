@@ -31,6 +31,7 @@ END_GRACE = 1.0
 """Seconds for a passt to end when its client has hung up, and again after SIGTERM. It takes about a millisecond."""
 
 _REMEMBERED_LINES = 20
+_REST_OF_FRAME = 0.001
 _PEEK_SIZE = 128 * 1024  # more than passt's largest frame, 65535 bytes and its length word
 
 
@@ -152,6 +153,10 @@ async def _ask_for_answer(peer: socket.socket, mac: str) -> None:
         if not waiting:
             raise ConnectionResetError
         whole = list(frames.split_frames(waiting))
+        if not whole:
+            # Part of a frame: to wait until the stream is readable would not be to wait.
+            await anyio.sleep(_REST_OF_FRAME)
+            continue
         # Only whole frames may be taken: what is left is where QEMU begins to read.
         peer.recv(sum(frames.LENGTH_SIZE + len(frame) for frame in whole))
         if any(frames.is_answer(frame) for frame in whole):
@@ -175,10 +180,9 @@ def suggest(
     :param first_free_port: net.ipv4.ip_unprivileged_port_start; default: read from /proc.
     """
     if "bind" in words.lower():
-        ports = [int(port) for port in re.findall(r"(?<![\d.])(\d{1,5})(?![\d.])", words.rpartition("-")[2])]
         unprivileged = os.geteuid() != 0 if unprivileged is None else unprivileged
         limit = _unprivileged_port_start() if first_free_port is None else first_free_port
-        low = [port for port in ports if 0 < port < limit]
+        low = [port for port in _host_ports(words) if 0 < port < limit]
         if unprivileged and low:
             return (
                 f"ports below {limit} are root's on this host; forward a higher one, "
@@ -188,6 +192,23 @@ def suggest(
     if "namespace" in words.lower() or "sandbox" in words.lower():
         return "passt needs user namespaces to shut itself in: `qrapd doctor` says what is in their way"
     return "try it by hand with the line that `qrapd plan` prints"
+
+
+def _host_ports(words: str) -> list[int]:
+    """The host's ports of a complaint: 80 of "Failed to bind any port for '-t 127.0.0.1/80:8080', exiting"."""
+    if named := re.search(r"\bport (\d+)", words):
+        return [int(named[1])]
+    option = re.search(r"'-\w (?:[^']*/)?([^']*)'", words)
+    specs = option[1].split(",") if option else []
+    wanted = [spec.partition(":")[0] for spec in specs if not spec.startswith("~")]
+    return [int(port) for ports in wanted for port in re.findall(r"\d+", ports)]
+
+
+def _host_ports(words: str) -> list[int]:
+    """The ports of this host that a complaint is about: 81 for ``… for option '-t 127.0.0.1/81:80', exiting``."""
+    option = re.search(r"-[tu] ([^\s']+)", words)
+    chunks = option[1].rpartition("/")[2].split(",") if option else []
+    return [int(port) for chunk in chunks for port in re.findall(r"\d+", chunk.partition(":")[0])]
 
 
 def _unprivileged_port_start() -> int:

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands as a person or a script calls them: their output, their errors, their exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import NOBODY, processes_with, write_vm
+
+
+def qrapd(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "qrapd", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **variables},
+        check=False,
+    )
+
+
+def write(place: Path, text: str) -> Path:
+    """A VM file with this text."""
+    path = place / "web.toml"
+    path.write_text(text)
+    return path
+
+
+BAD_FILES = {
+    "not TOML": ("[qemu\n", "line 1, column 6", ""),
+    "unknown key": ("[qemu]\narg = []\n", "qemu.arg: is not a known key", "did you mean `args`?"),
+    "wrong type": ('[qemu]\nargs = "-m 1G"\n', "qemu.args: must be a list", ""),
+    "bad port": ("[[link]]\n[link.passt]\ntcp_ports = [70000]\n", "link[0].passt.tcp_ports[0]", "65535"),
+    "clash of ports": (
+        '[[link]]\n[link.passt]\ntcp_ports = ["8080:80"]\n[[link]]\n[link.passt]\ntcp_ports = [8080]\n',
+        "link[1].passt.tcp_ports[0]",
+        "",
+    ),
+    "a network of its own": ('[qemu]\nargs = ["-netdev", "user"]\n[[link]]\n', "qemu.args[0]", "remove it"),
+    "our own business": ("[[link]]\n[link.passt]\nforeground = true\n", "link[0].passt.foreground", ""),
+    "an option that passt lacks": (
+        "[[link]]\n[link.passt]\nno_such_option = true\n",
+        "link[0].passt.no_such_option",
+        "",
+    ),
+    "a mode to come": ('[[link]]\nmode = "native"\n', "link[0].mode: is not supported by qrapd", ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_a_bad_file(tmp_path: Path, case: str, command: str) -> None:
+    """Each command says file, key, reason and hint, ends with 78, starts nothing and shows no traceback."""
+    text, reason, hint = BAD_FILES[case]
+    path = write(tmp_path, text)
+    ended = qrapd(command, path, "--log-format", "console", "--runtime-dir", tmp_path / "run")
+    assert 78 == ended.returncode
+    assert str(path) in ended.stderr
+    assert reason in ended.stderr
+    assert hint in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "" == ended.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_errors_of_a_file_at_once(tmp_path: Path) -> None:
+    """Three mistakes in three tables: three problems from one check."""
+    path = write(tmp_path, 'qemux = 1\n[restart]\nlimit = "5"\n[[link]]\nmac = "52:54"\n')
+    ended = qrapd("check", path)
+    assert 78 == ended.returncode
+    assert 3 == sum(line.startswith(f"{path}: ") for line in ended.stderr.splitlines())
+
+
+def test_bad_files_as_events(tmp_path: Path) -> None:
+    """Where the log is JSON, problems are events, too, so that no line breaks its reader."""
+    ended = qrapd("run", write(tmp_path, "nmae = 'x'\n"), "--log-format", "json")
+    assert 78 == ended.returncode
+    event = json.loads(ended.stderr)
+    assert ("config.invalid", "error") == (event["event"], event["level"])
+    assert "did you mean `name`?" in event["hint"]
+
+
+@pytest.mark.parametrize("command", ["run", "check", "plan"])
+def test_a_missing_file(tmp_path: Path, command: str) -> None:
+    """The path is named, and what there is instead."""
+    write(tmp_path, "")
+    options = ["--log-format", "console"]
+    ended = qrapd(command, tmp_path / "wbe.toml", *options)
+    assert 78 == ended.returncode
+    assert "wbe.toml: there is no such file" in ended.stderr
+    assert "web.toml" in ended.stderr
+
+
+def test_a_name_that_nobody_has(tmp_path: Path) -> None:
+    """A name is looked up in the user's directory, which the message names."""
+    ended = qrapd("check", "no-such-vm", XDG_CONFIG_HOME=str(tmp_path), HOME=str(tmp_path))
+    assert 78 == ended.returncode
+    assert "qrapd/vms/no-such-vm.toml: there is no such file" in ended.stderr
+
+
+def test_missing_binaries(tmp_path: Path) -> None:
+    """A program that is not there ends with 69, and the package that has it is named."""
+    path = write(tmp_path, '[qemu]\nbinary = "qemu-system-riscv64-nowhere"\n')
+    ended = qrapd("run", path, "--log-format", "console")
+    assert 69 == ended.returncode
+    assert "qemu-system-riscv64-nowhere" in ended.stderr
+    ended = qrapd("check", write(tmp_path, "[[link]]\n"), PATH=str(tmp_path))
+    assert 69 == ended.returncode
+    assert "passt" in ended.stderr
+    assert "hint: " in ended.stderr
+
+
+def test_a_runtime_directory_that_is_too_long(tmp_path: Path) -> None:
+    """A socket's path has 107 bytes: said before anything starts, with both numbers."""
+    base = tmp_path / ("x" * 100)
+    ended = qrapd("run", write_vm(tmp_path, "long").path, "--runtime-dir", base, "--log-format", "console")
+    assert 69 == ended.returncode
+    assert "107" in ended.stderr
+    assert "--runtime-dir" in ended.stderr
+    assert not base.exists()
+
+
+def test_a_runtime_directory_that_cannot_be_written(place: Path, as_nobody: list[str]) -> None:
+    """What is wrong with it, and the option that names another one."""
+    path = write_vm(place, "mine").path
+    command = [*as_nobody, "qrapd", "run", str(path), "--runtime-dir", "/proc/qrapd"]
+    ended = subprocess.run(
+        [*command, "--log-format", "console"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert 69 == ended.returncode
+    assert "/proc/qrapd" in ended.stderr
+    assert "--runtime-dir" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    os.chown(place, NOBODY, NOBODY)
+
+
+def test_no_runtime_directory_at_all(place: Path, as_nobody: list[str]) -> None:
+    """A user without $XDG_RUNTIME_DIR is told so."""
+    command = ["env", "-u", "XDG_RUNTIME_DIR", "-u", "RUNTIME_DIRECTORY", *as_nobody, "qrapd", "run"]
+    ended = subprocess.run(
+        [*command, str(write_vm(place, "homeless").path), "--log-format", "console"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert 69 == ended.returncode
+    assert "XDG_RUNTIME_DIR" in ended.stderr
+
+
+def test_check_of_good_files(tmp_path: Path) -> None:
+    """One line each, and 0."""
+    files = [write_vm(tmp_path, name, links=n).path for n, name in enumerate(["none", "one", "two"])]
+    ended = qrapd("check", *files)
+    assert (0, "") == (ended.returncode, ended.stderr)
+    assert ["no network", "1 link", "2 links"] == [
+        line.rpartition(", ")[2].rstrip(")") for line in ended.stdout.splitlines()
+    ]
+
+
+def test_check_goes_on_after_a_bad_file(tmp_path: Path) -> None:
+    """A bad file does not hide the next one; the status is the first failure's."""
+    bad = write(tmp_path, "x = 1\n")
+    good = write_vm(tmp_path, "good").path
+    ended = qrapd("check", bad, good)
+    assert 78 == ended.returncode
+    assert f"{good}: fine" in ended.stdout
+
+
+def test_plan_as_json_and_for_people(tmp_path: Path) -> None:
+    """Both forms show the same command lines, with words where run puts fds."""
+    vm = write_vm(tmp_path, "web", args=["-smp", "2"])
+    plan = json.loads(qrapd("plan", vm.path, "--json").stdout)
+    assert ("web", str(tmp_path)) == (plan["name"], plan["directory"])
+    assert ["--foreground", "--fd", "LINK0_PASST_FD"] == plan["links"][0]["passt"][-3:]
+    assert "socket,id=link0-stream1,fd=LINK0_FD" in plan["qemu"]
+    words = qrapd("plan", vm.path).stdout
+    assert f"--tcp-ports 127.0.0.1/{vm.ports[0]}:80" in words
+    assert "-smp 2" in words
+
+
+def test_schema_is_json_schema() -> None:
+    """Editors get a schema that knows every table."""
+    schema = json.loads(qrapd("schema").stdout)
+    assert {"name", "autostart", "qemu", "restart", "link"} == set(schema["properties"])
+
+
+def test_doctor(tmp_path: Path) -> None:
+    """Findings for people and for programs; a remedy is a command or nothing."""
+    ended = qrapd("doctor", "--json", "--runtime-dir", tmp_path)
+    findings = json.loads(ended.stdout)
+    assert {"subject", "status", "found", "remedy"} == set(findings[0])
+    assert ended.returncode == (69 if any(f["status"] == "problem" for f in findings) else 0)
+    assert findings[0]["subject"] in qrapd("doctor", "--runtime-dir", tmp_path).stdout
+
+
+@pytest.mark.parametrize("arguments", [["rnu"], ["run"], ["run", "--no-such-option", "x"]])
+def test_usage_errors(arguments: list[str]) -> None:
+    """A wrong command line ends with 2 and shows how it is meant."""
+    ended = qrapd(*arguments)
+    assert 2 == ended.returncode
+    assert "Usage: qrapd" in ended.stderr
+
+
+def test_help_and_version() -> None:
+    """What a newcomer types first works, with and without a command."""
+    assert "Run QEMU virtual machines" in qrapd("--help").stdout
+    assert 0 == qrapd("run", "-h").returncode
+    assert qrapd("--version").stdout.startswith("qrapd ")
+
+
+def test_events_on_a_terminal(place: Path) -> None:
+    """With stderr on a terminal, events are sentences, with the VM's name in front."""
+    vm = write_vm(place, "shown", args=["-S"])
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qrapd", "run", str(vm.path), "--runtime-dir", str(place / "run")],
+        stderr=follower,
+        stdin=subprocess.DEVNULL,
+    )
+    os.close(follower)
+    seen = ""
+    try:
+        while "the machine is prelaunch" not in seen:
+            seen += os.read(leader, 65536).decode()
+        process.terminate()
+        assert 0 == process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+    assert "shown: QEMU started as pid" in seen
+    assert "shown: link 0: connected to passt" in seen
+    assert [] == processes_with(str(place))
