@@ -8,88 +8,85 @@ host anything. What only the host can tell (does the binary exist, has passt tha
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import ipaddress
+import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from qrapd.errors import ConfigurationError, Problem
-from qrapd.passt_options import PasstOptions, find_clashes, parse_ports
+from qrapd.passt_options import Mac, PasstOptions, Text, check_unicast, nearest, toml_key, toml_text
+from qrapd.ports import find_clashes, read_forwards
 
-__all__ = ["Link", "Qemu", "Restart", "VmConfiguration", "json_schema", "parse"]
+__all__ = [
+    "Link",
+    "Qemu",
+    "Restart",
+    "VmConfiguration",
+    "VmFile",
+    "chooses_accelerator",
+    "json_schema",
+    "option_name",
+    "parse",
+]
 
 NAME_PATTERN = r"^[a-z0-9-]{1,63}$"
 """A VM's name: what fits a host name's label (RFC 1123), a unit's instance and a file's name alike."""
 
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_NAME_IN_WORDS = "1 to 63 characters of a-z, 0-9 and -"
 _QEMU_OUI = "52:54:00"  # the prefix that QEMU's own default addresses have
 _NETWORK_OPTIONS = ("-netdev", "-nic", "-net")
 _ACCELERATOR_OPTIONS = ("-accel", "-enable-kvm")
-_OWN_DEVICE_PROPERTIES = {"mac": "use the key `mac` of the link", "netdev": None, "id": None}
+_OWN_DEVICE_PROPERTIES = {
+    "mac": "use the key `mac` of the link",
+    "netdev": "leave it out",
+    "id": "leave it out",
+}
 
-
-def _check_mac(text: str) -> str:
-    mac = text.lower()
-    if not _MAC.fullmatch(mac):
-        raise ValueError("is not a MAC address; write six bytes like 52:54:00:12:34:56")
-    if int(mac[:2], 16) & 1:
-        raise ValueError("is a multicast address; the first byte of a NIC's own address is even")
-    return mac
-
-
-def _check_address(text: str) -> str:
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        raise ValueError("is not an IPv4 or IPv6 address; write it without a prefix length") from None
+_DEEPEST = 20
+"""Tables and lists within each other; a right file has at most link, its tables, passt, and a list there."""
 
 
 def _check_device(text: str) -> str:
     model, *properties = text.split(",")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", model):
-        raise ValueError("does not begin with a QEMU device name; write for example virtio-net-pci or e1000")
-    for text in properties:
-        key = text.partition("=")[0]
+        raise ValueError(
+            "does not begin with a QEMU device's name; write for example virtio-net-pci or e1000"
+        )
+    for key in (each.partition("=")[0] for each in properties):
         if key in _OWN_DEVICE_PROPERTIES:
-            hint = _OWN_DEVICE_PROPERTIES[key] or "leave it out"
-            raise ValueError(f"sets {key}=, which qrapd sets itself; {hint}")
-    return text if not properties else ",".join([model, *properties])
-
-
-def _check_source(text: str) -> str:
-    if text not in {"managed", "probe"} and "/" not in text:
-        raise ValueError("is neither managed nor probe nor a socket's path; a path has a slash in it")
+            raise ValueError(f"sets {key}=, which qrapd sets itself; {_OWN_DEVICE_PROPERTIES[key]}")
     return text
 
 
-def _check_argument(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("holds a NUL character, which no argument of a program can")
+def _check_source(text: str) -> str:
+    if text not in ("managed", "probe") and "/" not in text:
+        raise ValueError("is neither managed nor probe nor a socket's path; a path has a slash in it")
     return text
 
 
 class _Table(BaseModel):
     # strict: TOML has types, so a quoted number is a mistake that is told, not guessed at.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Qemu(_Table):
     """The table [qemu]."""
 
-    binary: str | None = Field(None, min_length=1, description="default: qemu-system-ARCH of this host")
+    binary: Text | None = Field(
+        None, min_length=1, description="a program on PATH, or a path; default: qemu-system-ARCH of this host"
+    )
     accel: Literal["auto", "kvm", "tcg", "args"] = Field(
         "auto", description="auto: KVM only where it can work; args: whatever `args` says"
     )
-    directory: str = Field(".", min_length=1, description="QEMU's working directory, relative to the file")
-    args: list[Annotated[str, AfterValidator(_check_argument)]] = Field(
-        default=[], description="handed to QEMU as they are"
-    )
+    directory: Text = Field(".", min_length=1, description="QEMU's working directory, relative to the file")
+    args: list[Text] = Field(default=[], description="handed to QEMU as they are")
     console: Literal["journal", "none"] = Field(
         "journal", description="journal: the first serial port's lines become events"
     )
@@ -104,7 +101,9 @@ class Qemu(_Table):
 class Restart(_Table):
     """The table [restart]."""
 
-    policy: Literal["never", "on-failure", "always"] = "never"
+    policy: Literal["never", "on-failure", "always"] = Field(
+        "never", description="whether qrapd starts the VM again; under systemd the unit's Restart= does it"
+    )
     limit: int = Field(5, ge=1, description="this many restarts in `window` seconds, then failed")
     window: float = Field(60, gt=0, description="seconds")
 
@@ -112,34 +111,40 @@ class Restart(_Table):
 class Link(_Table):
     """One table [[link]]: one NIC and its way to the host."""
 
-    mode: Literal["swap", "vhost-user", "native"] = "swap"
-    source: Annotated[str, AfterValidator(_check_source)] = Field(
+    mode: Literal["swap", "vhost-user", "native"] = Field(
+        "swap", description="how QEMU reaches passt, and how a lost passt is replaced"
+    )
+    source: Annotated[Text, AfterValidator(_check_source)] = Field(
         "managed", description="managed: qrapd starts passt; probe: finds a free one; or a socket's path"
     )
-    device: Annotated[str, AfterValidator(_check_device)] = Field(
+    device: Annotated[Text, AfterValidator(_check_device)] = Field(
         "virtio-net-pci", description="QEMU's device, with further properties if wanted"
     )
-    mac: Annotated[str, AfterValidator(_check_mac)] | None = Field(
+    mac: Mac | None = Field(
         None, description="default: derived from the VM's name and the link's position, stable"
     )
-    guest_addresses: list[Annotated[str, AfterValidator(_check_address)]] = Field(
+    guest_addresses: list[Annotated[str, AfterValidator(check_unicast)]] = Field(
         default=[], description="of a guest that does not use its lease"
     )
     stall_timeout: float = Field(
         5, ge=0, le=3600, description="seconds that passt may leave bytes unread; 0: never replaced for that"
     )
-    passt_binary: str = Field("passt", min_length=1, description="a program on PATH, or a path")
-    passt: PasstOptions = PasstOptions()
+    passt_binary: Text = Field("passt", min_length=1, description="a program on PATH, or a path")
+    passt: PasstOptions = Field(
+        default_factory=PasstOptions, description="passt(1)'s long options, with underscores"
+    )
 
 
 class VmFile(_Table):
     """A VM's file."""
 
-    name: str | None = Field(None, pattern=NAME_PATTERN, description="default: the file's stem")
+    name: str | None = Field(
+        None, pattern=NAME_PATTERN, description=f"the VM's name: {_NAME_IN_WORDS}; default: the file's stem"
+    )
     autostart: bool = Field(False, description="whether the host agent runs it")
-    qemu: Qemu = Qemu()
-    restart: Restart = Restart()
-    link: list[Link] = Field(default=[], description="one per NIC, in order")
+    qemu: Qemu = Field(default_factory=Qemu, description="the machine")
+    restart: Restart = Field(default_factory=Restart, description="what happens when the VM fails")
+    link: list[Link] = Field(default=[], description="one per NIC, in order; none: no network")
 
 
 class VmConfiguration:
@@ -174,39 +179,77 @@ def parse(text: str, path: Path) -> VmConfiguration:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(
-            str(path), [Problem("", f"is not TOML: {_lower_first(str(error))}", hint="see https://toml.io")]
-        ) from None
-    problems: list[Problem] = []
+        _refuse_extremes(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(str(path), [_not_toml(error, text)]) from None
+    problems = [*_check_as_a_whole(data)]
     file = None
     try:
         file = VmFile.model_validate(data)
     except ValidationError as error:
-        problems += [_problem(dict(details), data) for details in error.errors(include_url=False)]
-    problems += _check_as_a_whole(data)
+        problems = [_problem(details["loc"], dict(details), data) for details in error.errors()] + problems
     name = file.name if file and file.name else path.stem
-    if not (isinstance(data.get("name"), str) or re.match(NAME_PATTERN, name)):
-        problems.append(
+    if "name" not in data and not re.fullmatch(NAME_PATTERN, name):
+        problems.insert(
+            0,
             Problem(
                 "name",
-                "is missing, and the file's own name cannot serve",
-                value=repr(name),
-                hint="a name has 1 to 63 of a-z, 0-9 and -: add a line like name = 'web' at the top",
-            )
+                f"is missing, and the file's own name cannot serve, as it is not {_NAME_IN_WORDS}",
+                value=toml_text(name),
+                hint="add a line like name = 'web' at the top",
+            ),
         )
     if problems or file is None:
-        raise ConfigurationError(str(path), problems)
+        raise ConfigurationError(str(path), _in_order(problems, data))
     return VmConfiguration(path, name, file)
+
+
+def _refuse_extremes(value: object, depth: int = 0) -> None:
+    """Refuse what TOML's grammar allows and no key takes, but what would trouble whoever handles it later.
+
+    Python refuses to write an integer of thousands of digits; TOML promises 64 bits only.
+    """
+    if depth > _DEEPEST:
+        raise RecursionError
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError("an integer does not fit into 64 bits")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_extremes(item, depth + 1)
+
+
+def _not_toml(error: ValueError | RecursionError, text: str) -> Problem:
+    if isinstance(error, RecursionError):
+        return Problem("", "has tables or lists nested too deeply", hint="qrapd schema shows what goes where")
+    lines = text.split("\n")
+    words = _lower_first(str(error)).replace(
+        "at end of document", f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end of the file"
+    )
+    return Problem("", f"is not TOML: {words}", hint="see https://toml.io")
+
+
+class _SchemaForEditors(GenerateJsonSchema):
+    """Without what only pydantic's users want: a title for each key, and null, which TOML does not have."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
+
+    def nullable_schema(self, schema: Any) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: Any) -> JsonSchemaValue:
+        made = super().default_schema(schema)
+        if made.get("default") in (None, []):
+            made.pop("default", None)
+        return made
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a VM's file, for editors."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **VmFile.model_json_schema(),
-        "title": "qrapd VM",
-    }
+    made = VmFile.model_json_schema(schema_generator=_SchemaForEditors)
+    for table in made["$defs"].values():
+        table.pop("title", None)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **made, "title": "qrapd VM"}
 
 
 # --- what one key cannot know -------------------------------------------------------------------------
@@ -214,14 +257,23 @@ def json_schema() -> dict[str, Any]:
 
 def _check_as_a_whole(data: dict[str, Any]) -> Iterator[Problem]:
     """Checks between keys, on the raw data, so that they are made even where some key is wrong by itself."""
-    qemu = data.get("qemu")
+    qemu, links = data.get("qemu"), data.get("link")
     qemu = qemu if isinstance(qemu, dict) else {}
-    links = data.get("link")
-    links = [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []
+    links = links if isinstance(links, list) else []
+    tables = {index: link for index, link in enumerate(links) if isinstance(link, dict)}
     args = qemu.get("args")
-    yield from _check_args(args if isinstance(args, list) else [], bool(links), qemu.get("accel", "auto"))
-    yield from find_clashes(_forwards(links))
-    yield from _check_macs(links)
+    whole = [
+        *_check_args(args if isinstance(args, list) else [], bool(links), qemu.get("accel")),
+        *find_clashes(
+            forward
+            for index, link in tables.items()
+            if isinstance(passt := link.get("passt"), dict)
+            for forward in read_forwards(passt, f"link[{index}].passt")
+        ),
+        *_check_macs(tables),
+    ]
+    for problem in whole:
+        yield replace(problem, value=_show(_look_up(_steps(problem.key), data)))
 
 
 def option_name(argument: object) -> str | None:
@@ -236,64 +288,41 @@ def chooses_accelerator(args: Sequence[object]) -> bool:
     names = [option_name(argument) for argument in args]
     if any(name in _ACCELERATOR_OPTIONS for name in names):
         return True
-    machines = (args[i + 1] for i, name in enumerate(names[:-1]) if name in {"-machine", "-M"})
+    machines = (args[i + 1] for i, name in enumerate(names[:-1]) if name in ("-machine", "-M"))
     return any(re.search(r"(^|,)accel=", str(value)) for value in machines)
 
 
 def _check_args(args: list[object], has_links: bool, accel: object) -> Iterator[Problem]:
+    if accel in ("kvm", "tcg") and chooses_accelerator(args):
+        yield Problem(
+            "qemu.accel",
+            "is set, and `args` chooses an accelerator too",
+            hint="remove one of the two, or say accel = 'args'",
+        )
     for index, argument in enumerate(args):
         name = option_name(argument)
-        key = f"qemu.args[{index}]"
         if name in _NETWORK_OPTIONS and has_links:
             yield Problem(
-                key,
+                f"qemu.args[{index}]",
                 "makes a network of its own beside the [[link]] tables, which make the network",
-                value=repr(argument),
                 hint="remove it and what follows it; the NIC's model and properties go into the link's `device`",
             )
         if name == "-daemonize":
             yield Problem(
-                key,
+                f"qemu.args[{index}]",
                 "would take QEMU out of qrapd's hands",
-                value=repr(argument),
                 hint="remove it; to run in the background, run qrapd there (systemd, or your shell's &)",
             )
-    if accel in {"kvm", "tcg"} and chooses_accelerator(args):
-        yield Problem(
-            "qemu.accel",
-            "is set, and `args` chooses an accelerator too",
-            value=repr(accel),
-            hint="remove one of the two, or say accel = 'args'",
-        )
 
 
-def _forwards(links: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
-    """Every port forward that can be read; those that cannot have been told already."""
-    for index, link in enumerate(links):
-        passt = link.get("passt")
-        for protocol in ("tcp", "udp"):
-            specs = passt.get(f"{protocol}_ports", []) if isinstance(passt, dict) else []
-            single = not isinstance(specs, list)
-            for position, spec in enumerate([specs] if single else specs):
-                key = f"link[{index}].passt.{protocol}_ports" + ("" if single else f"[{position}]")
-                try:
-                    yield key, protocol, parse_ports(str(spec))
-                except ValueError:
-                    continue
-
-
-def _check_macs(links: list[dict[str, Any]]) -> Iterator[Problem]:
+def _check_macs(links: dict[int, dict[str, Any]]) -> Iterator[Problem]:
     seen: dict[str, int] = {}
-    for index, link in enumerate(links):
+    for index, link in links.items():
         mac = link.get("mac")
-        if not isinstance(mac, str):
-            continue
-        first = seen.setdefault(mac.lower(), index)
-        if first != index:
+        if isinstance(mac, str) and (first := seen.setdefault(mac.lower(), index)) != index:
             yield Problem(
                 f"link[{index}].mac",
                 f"is that of link[{first}] too",
-                value=repr(mac),
                 hint="give each NIC its own, or leave `mac` out",
             )
 
@@ -302,76 +331,124 @@ def _check_macs(links: list[dict[str, Any]]) -> Iterator[Problem]:
 
 _REASONS = {
     "string_type": "must be a string, in quotes",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "string_pattern_mismatch": f"must be {_NAME_IN_WORDS}",  # only `name` has a pattern of pydantic's
     "int_type": "must be a whole number, without quotes",
     "float_type": "must be a number, without quotes",
+    "finite_number": "must be a finite number",
     "bool_type": "must be true or false, without quotes",
-    "list_type": "must be a list: [ … ]",
+    "list_type": "must be a list: [ ... ]",
     "model_type": "must be a table",
-    "dict_type": "must be a table",
-    "model_attributes_type": "must be a table",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than_equal": "must be {le:g} or less",
 }
 
+_TABLES: dict[str, tuple[type[BaseModel], str]] = {
+    "": (VmFile, "the top of the file, above all tables"),
+    "qemu": (Qemu, "[qemu]"),
+    "restart": (Restart, "[restart]"),
+    "link": (Link, "[[link]]"),
+    "passt": (PasstOptions, "[link.passt]"),
+}
+"""By the key that holds them: the model, and how the file writes it."""
 
-def _problem(details: dict[str, Any], data: dict[str, Any]) -> Problem:
-    location, kind = details["loc"], details["type"]
-    key = _key_path(location, data)
+
+def _problem(location: Sequence[int | str], details: dict[str, Any], data: dict[str, Any]) -> Problem:
+    location = _within(location, data)
+    key, kind, context = _key_path(location), details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(key, "is not a known key", hint=_nearest_key(location))
-    value = _show(details["input"])
-    context = details.get("ctx", {})
+        return Problem(key, "is not a known key", hint=_right_key(location))
+    value = _show(_look_up(location, data))
     if kind == "value_error":
-        reason, _, hint = str(context["error"]).partition("; ")
-        return Problem(key, reason, value=value, hint=hint or None)
-    if kind == "literal_error":
-        return Problem(key, f"must be one of {context['expected']}", value=value)
-    if kind == "string_pattern_mismatch":
-        return Problem(key, "must have 1 to 63 characters of a-z, 0-9 and -", value=value)
-    if kind in _REASONS:
-        return Problem(key, _REASONS[kind], value=value)
-    return Problem(key, _lower_first(details["msg"]), value=value)
+        reason, _, hint = str(context["error"]).rpartition("; ")
+        return Problem(key, reason or hint, value, hint if reason else None)
+    # A kind that is not in the table would be told in pydantic's words; a test looks for such.
+    reason = _REASONS[kind].format(**context) if kind in _REASONS else _lower_first(details["msg"])
+    name = _innermost(location)
+    return Problem(key, reason, value, f"write it as {_TABLES[name][1]}" if name in _TABLES else None)
 
 
-def _key_path(location: Iterable[object], data: object) -> str:
-    """``("link", 0, "passt")`` as ``link[0].passt``; what pydantic adds for a union's branches is left out."""
+def _innermost(location: Sequence[int | str]) -> str:
+    """The last name on the way, without indices; "" for the top of the file."""
+    return next((step for step in reversed(location) if isinstance(step, str)), "")
+
+
+def _right_key(location: Sequence[int | str]) -> str:
+    """What an unknown key may have been meant to be."""
+    name, here = str(location[-1]), _innermost(location[:-1])
+    known = list(_TABLES[here][0].model_fields)
+    places = [title for model, title in _TABLES.values() if name in model.model_fields]
+    if places:
+        return f"it belongs into {places[0]}"
+    if name in ("nic", "network"):
+        return "a NIC is written as a table [[link]]"
+    return nearest(name, known) or f"known here: {', '.join(known)}"
+
+
+# --- places in the file -------------------------------------------------------------------------------
+
+
+def _within(location: Sequence[int | str], data: object) -> list[int | str]:
+    """``location`` as far as the file has it: not the index of a single value that stands for a list."""
+    found: list[int | str] = []
+    for step in location:
+        if not isinstance(data, dict | list):
+            break
+        found.append(step)
+        data = _look_up([step], data)
+    return found
+
+
+def _look_up(location: Sequence[int | str], data: Any) -> Any:
+    """What stands there, or None."""
+    for step in location:
+        if isinstance(data, dict):
+            data = data.get(step)
+        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
+            data = data[step]
+        else:
+            return None
+    return data
+
+
+def _key_path(location: Sequence[int | str]) -> str:
+    """``("link", 0, "passt")`` as ``link[0].passt``, with quotes where TOML wants them."""
     path = ""
     for step in location:
-        if isinstance(data, dict) and step not in data and path:
-            break
         if isinstance(step, int):
             path += f"[{step}]"
         else:
-            path += f".{step}" if path else str(step)
-        try:
-            data = data[step]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError):
-            break
+            path += f".{toml_key(step)}" if path else toml_key(step)
     return path
 
 
-def _nearest_key(location: Sequence[object]) -> str:
-    table: type[BaseModel] = VmFile
-    for step in location[:-1]:
-        if isinstance(step, str):
-            table = _TABLES[step]
-    known = list(table.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    if near:
-        return f"did you mean `{near[0]}`?"
-    if location[-1] in ("links", "nic", "network"):
-        return "a NIC is written as a table [[link]]"
-    return f"known here: {', '.join(known)}"
+def _steps(path: str) -> list[int | str]:
+    """The reverse of `_key_path`."""
+    steps = re.findall(r'\[(\d+)\]|("(?:[^"\\]|\\.)*")|([^.\[\]"]+)', path)
+    return [int(index) if index else json.loads(quoted) if quoted else name for index, quoted, name in steps]
 
 
-_TABLES: dict[str, type[BaseModel]] = {
-    "qemu": Qemu,
-    "restart": Restart,
-    "link": Link,
-    "passt": PasstOptions,
-}
+def _in_order(problems: Sequence[Problem], data: dict[str, Any]) -> list[Problem]:
+    """The problems in the order of the file, one for each key and reason."""
+
+    def place(problem: Problem) -> list[int]:
+        position: list[int] = []
+        value: Any = data
+        for step in _steps(problem.key):
+            names = list(value) if isinstance(value, dict) else []
+            # What is missing stands above all else
+            position.append(step if isinstance(step, int) else names.index(step) if step in names else -1)
+            value = _look_up([step], value)
+        return position
+
+    return sorted(dict.fromkeys(problems), key=place)
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    text = toml_text(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
