@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,4 +241,24 @@ def test_events_on_a_terminal(place: Path) -> None:
         os.close(leader)
     assert "shown: QEMU started as pid" in seen
     assert "shown: link 0: connected to passt" in seen
+    assert [] == processes_with(str(place))
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams(place: Path, closed: str) -> None:
+    """Whoever starts qrapd may have closed them; a VM runs and stops all the same, on fds of its own."""
+    vm = write_vm(place, "shut")
+    command = [sys.executable, "-m", "qrapd", "run", str(vm.path), "--runtime-dir", str(place / "run")]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (place / "run/shut/record.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        assert 0 == process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
     assert [] == processes_with(str(place))

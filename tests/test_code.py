@@ -37,7 +37,8 @@ LAYERS = [
     # pure from here on: they decide and do no I/O, so that a test of them needs no process
     ["qemu_arguments"],
     ["config"],
-    ["lifecycle", "messages", "passt_options"],
+    ["passt_options"],
+    ["lifecycle", "messages", "ports"],
     # and these with the standard library alone
     ["backoff", "errors", "frames", "lines"],
     ["__init__"],

@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,8 @@ def test_compressed_modules_are_unpacked(tmp_path: Path, suffix: str) -> None:
             pytest.skip("no zstd here")
         packed = subprocess.run([program, "-q"], input=elf, capture_output=True, check=True).stdout
     else:
-        packed = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress}[suffix](elf)
+        packers: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress}
+        packed = packers[suffix](elf)
     path.write_bytes(packed)
 
     assert elf == read_module(path)
@@ -122,7 +124,7 @@ def test_a_damaged_zstd_module_is_told_in_zstds_words(tmp_path: Path) -> None:
 
 def unpack(archive: bytes) -> list[Entry]:
     """Reads a newc archive by the kernel's description of it, apart from the writer."""
-    entries = []
+    entries: list[Entry] = []
     offset = 0
     while True:
         assert archive[offset : offset + 6] == b"070701"

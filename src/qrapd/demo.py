@@ -86,6 +86,7 @@ class _Visit:
                 say("QEMU", f"pid {fields['qemu_pid']}, the NIC behind a hub, the stream held")
             case "vm.ready":
                 self._progress = "the guest boots"
+                say("booting", f"the machine is {fields['status']}")
             case "guest.console":
                 self._note_console(str(fields["line"]), say)
             case "vm.stopping":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ethernet frames as passt's UNIX stream carries them, and the two by which a passt is asked for a sign of life.
+"""Ethernet frames as passt's UNIX stream carries them, and those by which a passt is asked for a sign of life.
 
 On the stream each frame is preceded by its length as a 4-byte big-endian number (QEMU's net/socket.c and
 passt's tap.c); there is nothing between two frames. Consuming part of a frame would desynchronise the
@@ -11,9 +11,26 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["LENGTH_SIZE", "is_answer", "parse_mac", "sign_of_life_request", "split_frames"]
+__all__ = [
+    "LENGTH_SIZE",
+    "LONGEST_FRAME",
+    "SHORTEST_FRAME",
+    "AnswerFinder",
+    "GarbageError",
+    "is_answer",
+    "parse_mac",
+    "probe_request",
+    "sign_of_life_request",
+    "split_frames",
+]
 
 LENGTH_SIZE = 4
+
+LONGEST_FRAME = 4096 + 65536
+"""Bytes. QEMU's NET_BUFSIZE (include/net/net.h): it drops a stream that announces more. passt sends at most 65535."""
+
+SHORTEST_FRAME = 14
+"""Bytes: an Ethernet header (IEEE 802.3). passt takes and sends nothing shorter (tap.c)."""
 
 _BROADCAST = b"\xff" * 6
 _ETHERTYPE_ARP = 0x0806
@@ -21,6 +38,7 @@ _ETHERTYPE_IPV6 = 0x86DD
 _ARP_REQUEST, _ARP_REPLY = 1, 2
 _NEXT_HEADER_ICMPV6 = 58
 _NEIGHBOUR_SOLICITATION, _NEIGHBOUR_ADVERTISEMENT = 135, 136
+_HEAD_SIZE = 55  # bytes of a frame that is_answer looks at: Ethernet's header, IPv6's, and ICMPv6's type
 
 
 def parse_mac(text: str) -> bytes:
@@ -35,12 +53,26 @@ def sign_of_life_request(mac: bytes) -> bytes:
     so claim nothing in the guest's name; passt 2023-03 to 2026 answers for any target but the guest's own
     (measured). An IPv4-only passt answers the first, an IPv6-only one the second.
     """
-    arp = struct.pack("!6s6sH", _BROADCAST, mac, _ETHERTYPE_ARP)
-    arp += struct.pack("!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, _ARP_REQUEST, mac, bytes(4), bytes(6), bytes(4))
+    return _request(mac, mac, _link_local(mac))
+
+
+def probe_request() -> bytes:
+    """qrap's probe: the same two questions from nobody, 128 bytes, as the C program writes them.
+
+    Ethernet from broadcast to broadcast, all addresses in the ARP request zero, the solicitation from ::1.
+    """
+    return _request(_BROADCAST, bytes(6), bytes(15) + b"\1")
+
+
+def _request(ethernet_source: bytes, arp_sender: bytes, ipv6_source: bytes) -> bytes:
+    arp = struct.pack("!6s6sH", _BROADCAST, ethernet_source, _ETHERTYPE_ARP)
+    arp += struct.pack(
+        "!HHBBH6s4s6s4s", 1, 0x0800, 6, 4, _ARP_REQUEST, arp_sender, bytes(4), bytes(6), bytes(4)
+    )
     solicitation = struct.pack("!BBHI16s", _NEIGHBOUR_SOLICITATION, 0, 0, 0, bytes(16))
-    ipv6 = struct.pack("!6s6sH", _BROADCAST, mac, _ETHERTYPE_IPV6)
+    ipv6 = struct.pack("!6s6sH", _BROADCAST, ethernet_source, _ETHERTYPE_IPV6)
     ipv6 += struct.pack(
-        "!IHBB16s16s", 6 << 28, len(solicitation), _NEXT_HEADER_ICMPV6, 255, _link_local(mac), bytes(16)
+        "!IHBB16s16s", 6 << 28, len(solicitation), _NEXT_HEADER_ICMPV6, 255, ipv6_source, bytes(16)
     )
     return b"".join(struct.pack("!I", len(frame)) + frame for frame in (arp, ipv6 + solicitation))
 
@@ -52,12 +84,13 @@ def _link_local(mac: bytes) -> bytes:
 
 def split_frames(data: bytes) -> Iterator[bytes]:
     """The whole frames at the beginning of ``data``, without their length words; a partial last one is left out."""
-    while len(data) >= LENGTH_SIZE:
-        (length,) = struct.unpack_from("!I", data)
-        if len(data) < LENGTH_SIZE + length:
+    start = LENGTH_SIZE
+    while start <= len(data):
+        (length,) = struct.unpack_from("!I", data, start - LENGTH_SIZE)
+        if start + length > len(data):
             return
-        yield data[LENGTH_SIZE : LENGTH_SIZE + length]
-        data = data[LENGTH_SIZE + length :]
+        yield data[start : start + length]
+        start += length + LENGTH_SIZE
 
 
 def is_answer(frame: bytes) -> bool:
@@ -73,3 +106,58 @@ def is_answer(frame: bytes) -> bool:
     if ethertype == _ETHERTYPE_IPV6 and len(frame) > 54:
         return frame[20] == _NEXT_HEADER_ICMPV6 and frame[54] == _NEIGHBOUR_ADVERTISEMENT
     return False
+
+
+class GarbageError(ValueError):
+    """A length word that neither a passt sends nor QEMU takes: whoever speaks here is no passt."""
+
+
+class AnswerFinder:
+    """Looks for an answer in a stream that comes in pieces; keeps the head of one frame, however long that is."""
+
+    def __init__(self) -> None:
+        self._kept = bytearray()  # of the length word, then of the frame's head
+        self._length: int | None = None
+        self._missing = 0  # of the frame, behind what is kept
+        self.seen = 0
+        """Bytes that were fed so far."""
+        self.found = False
+        """Whether an answer has arrived, all of it."""
+
+    def feed(self, data: bytes) -> bool:
+        """Take the next bytes of the stream and return :attr:`found`; what follows an answer is not looked at.
+
+        :raise GarbageError: a frame would be longer than LONGEST_FRAME or shorter than SHORTEST_FRAME bytes.
+        """
+        self.seen += len(data)
+        position = 0
+        while position < len(data) and not self.found:
+            if self._length is None:
+                position = self._take(data, position, LENGTH_SIZE)
+                self._begin_frame()
+                continue
+            position = self._take(data, position, min(self._length, _HEAD_SIZE))
+            skipped = min(self._missing, len(data) - position)
+            position += skipped
+            self._missing -= skipped
+            if len(self._kept) == min(self._length, _HEAD_SIZE) and not self._missing:
+                self.found = is_answer(bytes(self._kept))
+                self._kept.clear()
+                self._length = None
+        return self.found
+
+    def _take(self, data: bytes, position: int, size: int) -> int:
+        """Keep bytes until there are ``size``; returns the position behind them."""
+        end = position + size - len(self._kept)
+        self._kept += data[position:end]
+        return min(end, len(data))
+
+    def _begin_frame(self) -> None:
+        if len(self._kept) < LENGTH_SIZE:
+            return
+        length = int.from_bytes(self._kept, "big")
+        if not SHORTEST_FRAME <= length <= LONGEST_FRAME:
+            raise GarbageError(f"a frame of {length} bytes")
+        self._kept.clear()
+        self._length = length
+        self._missing = max(0, length - _HEAD_SIZE)

@@ -203,7 +203,7 @@ def judge_exit(
         return Verdict(Reason.KILLED, failure=True)
     if shutdown_cause == "guest-panic":
         return Verdict(Reason.GUEST_PANIC, failure=True)
-    if exit_code != 0:
+    if exit_code != 0 or shutdown_cause == "host-error":
         return Verdict(Reason.FAILED, failure=True)
     # Someone else's `quit`, from the user's own monitor for instance.
     if shutdown_cause in {"host-qmp-quit", "host-ui"}:

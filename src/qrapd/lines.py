@@ -14,7 +14,7 @@ __all__ = ["LineSplitter", "clean"]
 
 # ECMA-48: control sequences (CSI), operating system commands (OSC), and two-character escapes.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 def clean(raw: bytes) -> str:
@@ -26,25 +26,33 @@ def clean(raw: bytes) -> str:
 
 
 class LineSplitter:
-    """Bytes in, whole lines out. A line longer than ``limit`` bytes is cut there, so memory stays bounded."""
+    """Bytes in, whole lines out, however they come. A line longer than ``limit`` bytes is cut there.
 
-    def __init__(self, limit: int = 64 * 1024) -> None:
+    The limit keeps memory bounded: the log may hold thousands of lines that wait for a slow reader.
+    """
+
+    def __init__(self, limit: int = 8 * 1024) -> None:
         self._limit = limit
         self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[str]:
         """The lines that ``chunk`` completes. Lines that hold nothing to show are left out."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        *lines, rest = (self._rest + chunk).split(b"\n")
         for line in lines:
-            yield from self._show(line)
-        while len(self._rest) > self._limit:
-            head, self._rest = self._rest[: self._limit], self._rest[self._limit :]
-            yield from self._show(head)
+            yield from self._show_pieces(line)
+        # The last piece stays, even when it is full: the line may end there.
+        whole = max(0, len(rest) - 1) // self._limit * self._limit
+        yield from self._show_pieces(rest[:whole])
+        self._rest = rest[whole:]
 
     def finish(self) -> Iterator[str]:
         """What is left without a newline at the end."""
         rest, self._rest = self._rest, b""
         yield from self._show(rest)
+
+    def _show_pieces(self, line: bytes) -> Iterator[str]:
+        for start in range(0, len(line), self._limit):
+            yield from self._show(line[start : start + self._limit])
 
     def _show(self, raw: bytes) -> Iterator[str]:
         text = clean(raw.rstrip(b"\r"))

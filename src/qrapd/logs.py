@@ -16,6 +16,8 @@ import select
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol
 
@@ -53,6 +55,9 @@ OWN_QUEUE = 20_000
 FLUSH_SECONDS = 2.0
 """How long the end of the program waits for a slow reader of the log."""
 
+JOURNAL_SOCKET = Path("/run/systemd/journal/socket")
+"""Where journald takes entries: systemd-journald.service(8)."""
+
 _LEADING_FIELDS = ("timestamp", "level", "event", "vm", "link")
 
 # syslog(3)
@@ -75,15 +80,19 @@ class Emit(Protocol):
 class Logs:
     """Where events go. A context manager: leaving it writes what is still queued.
 
-    ``level`` is the least that is written: debug, info, warning or error.
+    ``level`` is the least that is written: debug, info, warning or error; ``journal`` is journald's socket.
     """
 
     def __init__(
-        self, log_format: LogFormat = "auto", level: str = "info", stream: IO[str] | None = None
+        self,
+        log_format: LogFormat = "auto",
+        level: str = "info",
+        stream: IO[str] | None = None,
+        journal: Path = JOURNAL_SOCKET,
     ) -> None:
         stream = stream or sys.stderr
         self.format = choose_format(os.environ, stream) if log_format == "auto" else log_format
-        render, deliver = _outlet(self.format, stream)
+        render, deliver, self._release = _outlet(self.format, stream, journal)
         self._writer = _Writer(deliver, self._tell_dropped)
         self._logger = structlog.wrap_logger(
             self._writer,
@@ -109,7 +118,8 @@ class Logs:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        if self._writer.close():
+            self._release()
 
 
 def choose_format(environment: Mapping[str, str], stream: IO[str]) -> Literal["journal", "json", "console"]:
@@ -152,12 +162,15 @@ class _Writer:
 
     debug = info = warning = error = msg
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Whether all is written, and nothing more will be."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join(FLUSH_SECONDS)
+        if self._thread is None:
+            return True
+        self._thread.join(FLUSH_SECONDS)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -188,18 +201,25 @@ def _mark_output(render: Callable[[_Fields], Any]) -> Callable[[Any, str, _Field
     return last
 
 
-def _outlet(log_format: str, stream: IO[str]) -> tuple[Callable[[_Fields], Any], Callable[[Any], None]]:
-    """How an event is rendered, and how the result is delivered."""
+def _outlet(
+    log_format: str, stream: IO[str], journal: Path
+) -> tuple[Callable[[_Fields], Any], Callable[[Any], None], Callable[[], None]]:
+    """How an event is rendered, how the result is delivered, and what is to be done in the end."""
     if log_format == "journal":
         from logging_journald import JournaldTransport
 
         # Addressed at each send, as sd_journal_sendv() does: the socket may be replaced when journald restarts.
-        return _render_journal, JournaldTransport(connected=False).send
+        transport = JournaldTransport(journal, connected=False)
+        return _render_journal, transport.send, transport.socket.close
     fd = stream.fileno()
     if log_format == "console":
         coloured = stream.isatty() and not os.environ.get("NO_COLOR")
-        return lambda fields: _render_console(fields, coloured=coloured), lambda line: _write(fd, line)
-    return _render_json, lambda line: _write(fd, line)
+        return partial(_render_console, coloured=coloured), partial(_write, fd), _keep_open
+    return _render_json, partial(_write, fd), _keep_open
+
+
+def _keep_open() -> None:
+    """The stream belongs to whoever gave it."""
 
 
 def _write(fd: int, line: str) -> None:
@@ -229,9 +249,14 @@ def _render_journal(fields: _Fields) -> list[tuple[str, Any]]:
     level = fields.pop("level")
     del fields["timestamp"]  # journald has its own, of the same moment
     return [
-        ("MESSAGE", headline(event, fields)),
+        ("MESSAGE", _utf8(headline(event, fields))),
         ("PRIORITY", _PRIORITIES[level]),
         ("MESSAGE_ID", EVENTS[event].message_id),
         ("SYSLOG_IDENTIFIER", "qrapd"),
-        *((f"QRAPD_{name}", str(value)) for name, value in fields.items() if value is not None),
+        *((f"QRAPD_{name}", _utf8(str(value))) for name, value in fields.items() if value is not None),
     ]
+
+
+def _utf8(text: str) -> str:
+    """``text`` with what UTF-8 cannot hold (bytes of a path that is none) as backslash escapes."""
+    return text.encode("utf-8", errors="backslashreplace").decode()

@@ -31,7 +31,7 @@ END_GRACE = 1.0
 """Seconds for a passt to end when its client has hung up, and again after SIGTERM. It takes about a millisecond."""
 
 _REMEMBERED_LINES = 20
-_REST_OF_FRAME = 0.001
+_REST_OF_FRAME = 0.001  # seconds until another look at a frame of which a part is there
 _PEEK_SIZE = 128 * 1024  # more than passt's largest frame, 65535 bytes and its length word
 
 
@@ -195,20 +195,13 @@ def suggest(
 
 
 def _host_ports(words: str) -> list[int]:
-    """The host's ports of a complaint: 80 of "Failed to bind any port for '-t 127.0.0.1/80:8080', exiting"."""
+    """The ports of this host that a complaint is about: 81 for ``… for option '-t 127.0.0.1/81:80', exiting``."""
     if named := re.search(r"\bport (\d+)", words):
         return [int(named[1])]
-    option = re.search(r"'-\w (?:[^']*/)?([^']*)'", words)
-    specs = option[1].split(",") if option else []
+    option = re.search(r"-[tu] ([^\s']+)", words)
+    specs = option[1].rpartition("/")[2].split(",") if option else []
     wanted = [spec.partition(":")[0] for spec in specs if not spec.startswith("~")]
     return [int(port) for ports in wanted for port in re.findall(r"\d+", ports)]
-
-
-def _host_ports(words: str) -> list[int]:
-    """The ports of this host that a complaint is about: 81 for ``… for option '-t 127.0.0.1/81:80', exiting``."""
-    option = re.search(r"-[tu] ([^\s']+)", words)
-    chunks = option[1].rpartition("/")[2].split(",") if option else []
-    return [int(port) for chunk in chunks for port in re.findall(r"\d+", chunk.partition(":")[0])]
 
 
 def _unprivileged_port_start() -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 
 from qrapd.lines import LineSplitter
 
@@ -67,8 +68,12 @@ class Process:
         self._child = child
         self.pid = child.pid
         self.output = output
-        self.start_time = start_time(child.pid)
-        self._pidfd = os.pidfd_open(child.pid)
+        try:
+            self.start_time = start_time(child.pid)
+            self._pidfd = os.pidfd_open(child.pid)
+        except ProcessLookupError:
+            # It has ended in the meantime, and asyncio may have collected it: its pid can be anyone's by now.
+            self.start_time, self._pidfd = 0, -1
 
     @property
     def alive(self) -> bool:
@@ -159,6 +164,8 @@ async def read_lines(fd: int) -> AsyncIterator[str]:
                 break
             for line in splitter.feed(chunk):
                 yield line
+            # A writer without pauses keeps the fd readable for ever; all other tasks want their turn, too.
+            await anyio.lowlevel.checkpoint()
         for line in splitter.finish():
             yield line
     finally:
@@ -168,15 +175,18 @@ async def read_lines(fd: int) -> AsyncIterator[str]:
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot: with the pid it names a process for good.
 
-    proc_pid_stat(5), field 22. The second field is the program's name and may hold blanks and parentheses.
+    proc_pid_stat(5), fields 3 and 22. The second field is the program's name: any bytes, parentheses among them.
 
-    :raise ProcessLookupError: there is no such process.
+    :raise ProcessLookupError: there is no such process, or it has ended and nobody has collected it yet.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except FileNotFoundError:
         raise ProcessLookupError(pid) from None
-    return int(stat.rpartition(")")[2].split()[19])
+    state, *numbers = stat.rpartition(b")")[2].split()
+    if state in {b"Z", b"X"}:
+        raise ProcessLookupError(pid)
+    return int(numbers[18])
 
 
 def _watch_children_by_pidfd() -> None:

@@ -54,6 +54,8 @@ def read(path: Path) -> Record | None:
     """The record, or None where there is none that this version understands."""
     try:
         data = json.loads(path.read_text())
+        if data["version"] != VERSION:
+            return None
         return Record(
             qemu=ProcessId(**data["qemu"]),
             passts=tuple(ProcessId(**process) for process in data["passts"]),

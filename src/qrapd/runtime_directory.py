@@ -103,9 +103,12 @@ class VmDirectory:
     def _make(self) -> None:
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            # systemd's RuntimeDirectoryMode may have made it wider, and mkdir() is subject to the umask.
-            self.path.chmod(0o700)
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir(mode=0o700)
+            # systemd's RuntimeDirectoryMode may have made it wider, and mkdir() is subject to the umask. If the
+            # last supervisor has removed it in the meantime, _take_lock() makes it once more.
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(f"{self.path}/", 0o700)  # noqa: PTH101 (a Path drops the slash, by which a file is refused)
         except OSError as error:
             raise Unavailable(
                 f"cannot make the runtime directory {self.path}: {error.strerror}",
@@ -142,9 +145,10 @@ class VmDirectory:
         if self._leave:
             os.close(self._lock)
             return
-        for name in (*SOCKETS, "record.json", "record.new", "lock"):
-            (self.path / name).unlink(missing_ok=True)
         # What others have put there stays, and so does a directory whose parent is not ours to write (systemd's).
+        for name in (*SOCKETS, "record.json", "record.new", "lock"):
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
         with contextlib.suppress(OSError):
             self.path.rmdir()
         os.close(self._lock)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -29,6 +30,7 @@ async def supervise(
     :param companion: runs beside the VM for as long as both like.
     :raise QrapdError: the VM could not start, or ended badly.
     """
+    _collect_garbage()
     directory = VmDirectory(base, plan.name)
     # Signals first: from here on none can end qrapd between two steps and leave something behind.
     with (
@@ -46,6 +48,13 @@ async def supervise(
     if outcome.error is not None:
         raise outcome.error
     return outcome
+
+
+def _collect_garbage() -> None:
+    """From here on there is garbage. What was imported is none, and no collection needs to walk it."""
+    if not gc.isenabled():  # as qrapd.__main__ has left it
+        gc.freeze()
+        gc.enable()
 
 
 async def _obey(signals: AsyncIterator[signal.Signals], vm: Vm, emit: Emit) -> None:

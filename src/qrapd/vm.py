@@ -117,7 +117,7 @@ class Vm:
             case Action.CONNECT_QMP:
                 tasks.start_soon(self._connect_qmp, tasks)
             case Action.ANNOUNCE_READY:
-                self._emit("vm.ready", status=self._machine, links=len(self._links))
+                self._announce_ready()
             case Action.POWER_DOWN:
                 self._emit("vm.stopping", reason="request", how="power-down")
                 tasks.start_soon(self._power_down)
@@ -133,6 +133,10 @@ class Vm:
                 tasks.start_soon(self._release_links)
             case Action.FINISH:
                 self._finish()
+
+    def _announce_ready(self) -> None:
+        assert self._qemu is not None
+        self._emit("vm.ready", qemu_pid=self._qemu.pid, status=self._machine, links=len(self._links))
 
     def _seconds(self, deadline: Deadline) -> float:
         match deadline:

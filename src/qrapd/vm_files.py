@@ -27,7 +27,7 @@ def find(file_or_name: str, vms: Path) -> Path:
     """
     is_path = "/" in file_or_name or file_or_name.endswith(".toml")
     path = Path(file_or_name) if is_path else vms / f"{file_or_name}.toml"
-    if path.exists():
+    if not _is_missing(path):
         return path.absolute()
     if is_path:
         hint = _neighbours(path.parent, "files there")
@@ -52,6 +52,16 @@ def read(path: Path) -> VmConfiguration:
             str(path), [Problem("", f"is not UTF-8, as TOML must be (byte {error.start + 1})")]
         ) from error
     return parse(text, path)
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # reading it will say what is the matter
+    return False
 
 
 def _neighbours(folder: Path, what: str) -> str | None:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``qrapd demo``, as a newcomer runs it."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from support import PATIENCE, fetch, processes_with
+
+pytestmark = pytest.mark.guest
+
+
+def test_the_whole_show_in_a_pipe(tmp_path: Path) -> None:
+    """Lease, page and orderly end are shown; the status is 0, and nothing is left."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "qrapd", "demo", "--runtime-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert (0, "") == (ended.returncode, ended.stderr)
+    assert re.search(r"lease  eth0 \S+/\d+ router \S+ dns \S+", ended.stdout)
+    assert re.search(r"GET http://127.0.0.1:\d+/ says 200", ended.stdout)
+    assert "Hello from guest" in ended.stdout
+    assert "ended  request, QEMU's exit status 0" in ended.stdout
+    assert [] == processes_with(str(tmp_path))
+    assert [] == list((tmp_path / "run").iterdir())
+
+
+def test_stay_on_a_terminal(tmp_path: Path) -> None:
+    """A person sees progress while it boots; with --stay the guest can be visited until Ctrl-C, which ends all."""
+    shown = pexpect.spawn(
+        sys.executable,
+        ["-m", "qrapd", "demo", "--stay", "--runtime-dir", str(tmp_path / "run")],
+        timeout=PATIENCE,
+        encoding="utf-8",
+        dimensions=(40, 160),
+    )
+    try:
+        shown.expect(r"\d+\.\d s  the guest boots")
+        shown.expect(r"curl http://127.0.0.1:(\d+)/cgi-bin/state")
+        assert shown.match is not None
+        assert "nic=eth0" in fetch(int(shown.match[1]), "/cgi-bin/state")
+        shown.sendintr()
+        shown.expect("no process, socket or file is left")
+        shown.expect(pexpect.EOF)
+        shown.wait()
+        assert 0 == shown.exitstatus
+        assert [] == processes_with(str(tmp_path))
+    finally:
+        shown.close(force=True)
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    """passt's words and the hint reach the person, and the status is 69."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ended = subprocess.run(
+            [sys.executable, "-m", "qrapd", "demo", "--port", str(listener.getsockname()[1])],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    assert 69 == ended.returncode
+    assert "passt ended at once" in ended.stderr
+    assert "hint: see who has the port" in ended.stderr
+    assert "Traceback" not in ended.stderr

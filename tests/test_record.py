@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The record: whole or not there, and never taken for another process's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from qrapd import record
+from qrapd.process import start_time
+from qrapd.record import ProcessId, Record
+
+RECORD = Record(ProcessId(100, 2000), (ProcessId(101, 2001), ProcessId(102, 2002)))
+
+
+@pytest.mark.parametrize("written", [RECORD, Record(ProcessId(1, 1))])
+def test_what_is_written_is_read(tmp_path: Path, written: Record) -> None:
+    """A record comes back as it was; nothing is left beside it."""
+    path = tmp_path / "record.json"
+    record.write(path, RECORD)
+    record.write(path, written)
+    assert written == record.read(path)
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
+    """Replacing is atomic: whoever reads while records are written always reads a whole one."""
+    path = tmp_path / "record.json"
+    big = Record(ProcessId(1, 1), tuple(ProcessId(number, number) for number in range(2000)))
+    record.write(path, RECORD)
+    done = threading.Event()
+
+    def write() -> None:
+        for written in [big, RECORD] * 15:
+            record.write(path, written)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = [record.read(path)]
+    while not done.is_set():
+        seen.append(record.read(path))
+    writer.join()
+    assert [] == [each for each in seen if each not in (big, RECORD)]
+
+
+def test_no_record_is_none(tmp_path: Path) -> None:
+    """Neither a file that is not there nor one that cannot be read is an error."""
+    assert record.read(tmp_path / "record.json") is None
+    assert record.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        '"x"',
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "qemu": null, "passts": []}',
+        '{"version": 1, "qemu": {"pid": 1}, "passts": []}',
+        '{"version": 1, "qemu": {"pid": 1, "start_time": 2, "more": 3}, "passts": []}',
+        '{"version": 1, "qemu": {"pid": 1, "start_time": 2}}',
+        '{"version": 1, "qemu": {"pid": 1, "start_time": 2}, "passts": [7]}',
+    ],
+)
+def test_what_is_no_record_is_none(tmp_path: Path, text: str) -> None:
+    """Whatever has happened to the file, reading it does not fail."""
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    assert record.read(path) is None
+
+
+def test_a_part_of_a_record_is_none(tmp_path: Path) -> None:
+    """A record that was cut off anywhere, by a disk that was full for instance, is none."""
+    path = tmp_path / "record.json"
+    record.write(path, RECORD)
+    whole = path.read_bytes().rstrip()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        assert record.read(path) is None
+
+
+@pytest.mark.parametrize("version", [2, 99, "1", None])
+def test_another_versions_record_is_none(tmp_path: Path, version: object) -> None:
+    """What a later version has written may look the same and mean something else."""
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"version": version, **asdict(RECORD)}))
+    assert record.read(path) is None
+
+
+def test_a_pid_with_another_start_time_is_another_process() -> None:
+    """A pid that was given out again does not pass for the process that had it."""
+    mine = ProcessId(os.getpid(), start_time(os.getpid()))
+    assert mine.alive
+    assert not ProcessId(mine.pid, mine.start_time + 1).alive
+
+
+def test_a_process_that_has_ended_is_not_alive() -> None:
+    """Also while nobody has collected it: in a container there may be no init that ever does."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        known = ProcessId(child.pid, start_time(child.pid))
+        assert known.alive
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+        assert not known.alive
+    assert not known.alive

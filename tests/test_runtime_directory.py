@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM's runtime directory: one owner at a time, closed to others, gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from qrapd.errors import AlreadySupervised, ExitStatus, Unavailable
+from qrapd.runtime_directory import SOCKETS, SUN_PATH_MAX, VmDirectory, default_base
+
+# A process that claims and releases as often as it can. Inside it makes a file that must not be there yet:
+# two who hold the directory at the same time would find each other's.
+CONTENDER = """
+import os, sys, time
+from pathlib import Path
+from qrapd.errors import AlreadySupervised
+from qrapd.runtime_directory import VmDirectory
+
+base, until, claims = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2]), 0
+while time.monotonic() < until:
+    try:
+        with VmDirectory(base, "web").claim() as directory:
+            os.close(os.open(base / "held", os.O_CREAT | os.O_EXCL))
+            assert directory.path.is_dir()
+            directory.record_path.touch()
+            os.unlink(base / "held")
+            claims += 1
+    except AlreadySupervised:
+        pass
+print(claims)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "uid", "expected"),
+    [
+        ({"RUNTIME_DIRECTORY": "/run/a", "XDG_RUNTIME_DIR": "/run/user/0"}, 0, "/run/a"),
+        ({"RUNTIME_DIRECTORY": "/run/a:/run/b"}, 1000, "/run/a"),
+        ({"RUNTIME_DIRECTORY": "", "XDG_RUNTIME_DIR": "/run/user/0"}, 0, "/run/qrapd"),
+        ({}, 0, "/run/qrapd"),
+        ({"XDG_RUNTIME_DIR": "/run/user/1000"}, 1000, "/run/user/1000/qrapd"),
+    ],
+)
+def test_default_bases(environment: Mapping[str, str], uid: int, expected: str) -> None:
+    """systemd's word first, then root's place, then the user's."""
+    assert Path(expected) == default_base(environment, uid)
+
+
+@pytest.mark.parametrize("environment", [{}, {"XDG_RUNTIME_DIR": ""}])
+def test_no_base_is_an_error_with_a_way_out(environment: Mapping[str, str]) -> None:
+    """A user without a session is told how to name a place."""
+    with pytest.raises(Unavailable, match="XDG_RUNTIME_DIR is not set") as caught:
+        default_base(environment, 1000)
+    assert "--runtime-dir" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+def test_a_claimed_directory_is_closed_to_others(tmp_path: Path, umask: int) -> None:
+    """Mode 0700 whatever the umask, also where the directory was there before, wider."""
+    (tmp_path / "old").mkdir(mode=0o755)
+    before = os.umask(umask)
+    try:
+        for name in ("new", "old"):
+            with VmDirectory(tmp_path, name).claim() as directory:
+                assert 0o700 == stat.S_IMODE(directory.path.stat().st_mode)
+    finally:
+        os.umask(before)
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    """Lock, record and sockets go with the directory; the base stays."""
+    base = tmp_path / "a" / "b"
+    with VmDirectory(base, "web").claim() as directory:
+        for name in SOCKETS:
+            directory.listen(name).close()
+        directory.record_path.touch()
+        (directory.path / "record.new").touch()
+        assert {"lock", "record.json", "record.new", *SOCKETS} == {
+            path.name for path in directory.path.iterdir()
+        }
+    assert [] == list(base.iterdir())
+
+
+def test_it_is_removed_after_a_failure_too(tmp_path: Path) -> None:
+    """An exception inside goes through and leaves nothing."""
+    with pytest.raises(ZeroDivisionError), VmDirectory(tmp_path, "web").claim():
+        _ = 1 / 0
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_what_others_put_there_stays(tmp_path: Path) -> None:
+    """Files that are not ours are not removed, nor is a directory that has one of our names."""
+    with VmDirectory(tmp_path, "web").claim() as directory:
+        (directory.path / "notes").touch()
+        (directory.path / "control.sock").mkdir()
+    assert {"notes", "control.sock"} == {path.name for path in directory.path.iterdir()}
+    with VmDirectory(tmp_path, "web").claim():  # and are in nobody's way
+        pass
+
+
+def test_left_as_it_is(tmp_path: Path) -> None:
+    """What a QEMU that still runs needs stays; the lock is free for the next."""
+    with VmDirectory(tmp_path, "web").claim() as directory:
+        directory.record_path.touch()
+        directory.leave_as_it_is()
+    assert directory.record_path.exists()
+    with VmDirectory(tmp_path, "web").claim():
+        pass
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_second_claim_is_refused(tmp_path: Path) -> None:
+    """In one process as from another; the refused one harms nothing, and another name is free."""
+    with VmDirectory(tmp_path, "web").claim() as directory:
+        directory.record_path.touch()
+        with pytest.raises(AlreadySupervised) as caught, VmDirectory(tmp_path, "web").claim():
+            pass
+        assert 75 == caught.value.exit_status.value
+        assert str(directory.path / "lock") in caught.value.message
+        assert "0\n" == contend(tmp_path, seconds=0.01, count=1)[0]
+        assert directory.record_path.exists()
+        with VmDirectory(tmp_path, "db").claim():
+            pass
+    with VmDirectory(tmp_path, "web").claim():
+        pass
+
+
+def test_a_lock_that_was_left_is_no_obstacle(tmp_path: Path) -> None:
+    """A killed supervisor leaves its files; the kernel frees its lock."""
+    (tmp_path / "web").mkdir()
+    for name in ("lock", "record.json", *SOCKETS):
+        (tmp_path / "web" / name).touch()
+    with VmDirectory(tmp_path, "web").claim() as directory:
+        assert directory.record_path.exists()  # for the new supervisor to read
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_no_two_ever_hold_the_same_directory(tmp_path: Path) -> None:
+    """Eight processes that claim and release without a pause get in each other's way only as they should."""
+    counts = [int(words) for words in contend(tmp_path, seconds=1.0, count=8)]
+    assert sum(counts) > 8
+    assert [] == list(tmp_path.iterdir())
+
+
+def contend(base: Path, *, seconds: float, count: int) -> list[str]:
+    """What so many contenders print. One that fails says on stderr why, and fails the test."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONTENDER, str(base), str(seconds)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(count)
+    ]
+    try:
+        answers = [child.communicate(timeout=60)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert [0] * count == [child.returncode for child in children]
+    return answers
+
+
+def test_a_path_that_is_too_long_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """Both numbers are named; the longest path that serves is served."""
+    longest = max(SOCKETS, key=len)
+    room = SUN_PATH_MAX - len(os.fsencode(tmp_path)) - len("/web/" + longest) - 1
+    long_enough = tmp_path / ("x" * room)
+    with VmDirectory(long_enough, "web").claim() as directory, directory.listen(longest) as listener:
+        assert SUN_PATH_MAX == len(listener.getsockname())
+    # In bytes, not in letters.
+    too_long = tmp_path / ("x" * (room - 1) + "ß")
+    with pytest.raises(Unavailable) as caught, VmDirectory(too_long, "web").claim():
+        pass
+    assert (
+        f"has {SUN_PATH_MAX + 1} bytes, and a socket's path may have {SUN_PATH_MAX}" in caught.value.message
+    )
+    assert "--runtime-dir" in str(caught.value.hint)
+    assert not too_long.exists()
+
+
+def test_a_base_that_is_a_file(tmp_path: Path) -> None:
+    """The system's own reason is quoted, and what to do; the file stays as it is."""
+    (tmp_path / "file").touch(mode=0o644)
+    for base, name in ((tmp_path / "file", "web"), (tmp_path, "file")):
+        with (
+            pytest.raises(Unavailable, match=r"^cannot .* directory") as caught,
+            VmDirectory(base, name).claim(),
+        ):
+            pass
+        assert "--runtime-dir" in str(caught.value.hint)
+    assert 0o644 == stat.S_IMODE((tmp_path / "file").stat().st_mode)
+
+
+def test_a_base_that_one_may_not_write_in(place: Path, as_nobody: list[str]) -> None:
+    """An unprivileged user is told where writing failed and what to do; status 69."""
+    file = place / "web.toml"
+    file.write_text('[qemu]\naccel = "tcg"\n')
+    done = subprocess.run(
+        [*as_nobody, "qrapd", "run", file, "--runtime-dir", place / "run", "--log-format", "console"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"cannot make the runtime directory {place}/run/web: Permission denied" in done.stderr
+    assert "--runtime-dir" in done.stderr
+    assert ExitStatus.UNAVAILABLE == done.returncode
+    assert not (place / "run").exists()
+
+
+def test_a_listening_socket_takes_connections_before_anyone_accepts(tmp_path: Path) -> None:
+    """QEMU's clients wait for it instead of being refused; a socket that was left is replaced."""
+    with VmDirectory(tmp_path, "web").claim() as directory:
+        directory.listen("qmp.sock").close()
+        with directory.listen("qmp.sock") as listener, socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(listener.getsockname())
+            assert directory.socket_path("qmp.sock") == Path(listener.getsockname())
+
+
+def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
+    """A directory that is gone: what was tried and what came back."""
+    directory = VmDirectory(tmp_path, "web")
+    with pytest.raises(Unavailable, match=r"cannot listen on .*qmp\.sock: No such file"):
+        directory.listen("qmp.sock")
+
+
+def test_a_relative_base_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU works in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    assert tmp_path / "run" / "web" == VmDirectory(Path("run"), "web").path
