@@ -51,8 +51,14 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def as_nobody() -> Iterator[list[str]]:
-    """What to put before ``qrapd`` to run this checkout as an unprivileged user.
+def as_nobody(nobodys_python: list[str]) -> list[str]:
+    """What to put before ``qrapd`` to run this checkout as an unprivileged user."""
+    return [*nobodys_python, "-m"]
+
+
+@pytest.fixture(scope="session")
+def nobodys_python() -> Iterator[list[str]]:
+    """A Python with this checkout, run by an unprivileged user.
 
     Python and its packages may lie below a home directory that nobody else may enter, so they are mounted
     where all can, in a mount namespace that ends with the command.
@@ -75,9 +81,11 @@ def as_nobody() -> Iterator[list[str]]:
         # The test sends its signals to the pid that it started: every step here replaces the one before.
         # A shared libpython is found by an absolute path, which may be one of those that others may not enter.
         variables = f"PYTHONPATH={view}/src:{view}/site LD_LIBRARY_PATH={view}/python/lib HOME=/"
-        script = f'{mounts} && {become} env {variables} {python} -m "$@"'
+        script = f'{mounts} && {become} env {variables} {python} -B "$@"'
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
-        probe = subprocess.run([*command, "qrapd", "--version"], capture_output=True, text=True, timeout=60)
+        probe = subprocess.run(
+            [*command, "-m", "qrapd", "--version"], capture_output=True, text=True, timeout=60
+        )
         if probe.returncode != 0:
             pytest.skip(f"cannot run as another user: {probe.stderr.strip()}")
         yield command

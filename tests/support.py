@@ -111,7 +111,7 @@ class Run:
     file: Path
     base: Path
     prefix: Sequence[str] = ()
-    """what goes before ``qrapd``: the interpreter, and whatever changes the user"""
+    """what goes before ``qrapd``: Python with its ``-m``, behind whatever changes the user"""
     options: Sequence[str] = ("--log-format", "json")
     events: list[dict[str, Any]] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)

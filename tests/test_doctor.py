@@ -18,38 +18,20 @@ from qrapd import binaries, doctor
 from qrapd.binaries import KvmFacts
 from qrapd.doctor import AppArmorView, Device, Finding, Place, Trial
 
-SOURCE = Path(doctor.__file__).parent.parent
 ALL_OPTIONS = frozenset(["fd", "vhost-user", "conf-path", "map-guest-addr", "hostname", "stats"])
 STARTED = Trial(0, "")
 
 
-def run(
-    script: str, *prefix: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run Python ``script`` behind ``prefix``, from the sources' own directory.
-
-    All is relative to that: another user may not be able to walk there.
-    """
-    if not os.access(sys.executable, os.X_OK):
-        pytest.skip("this Python lies where this user cannot reach it")
-    code = f"import sys; sys.path[:0] = {[entry for entry in sys.path if entry]!r}; sys.path.insert(0, '.')\n"
-    command = [*prefix, sys.executable, "-B", "-c", code + script]
-    environment = {"PATH": os.environ["PATH"], **(environment or {})}
+def run(script: str, *python: str) -> subprocess.CompletedProcess[str]:
+    """Run Python ``script``, by this Python unless another one is given, without what a session's environment adds."""
     return subprocess.run(
-        command, cwd=SOURCE, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [*(python or (sys.executable,)), "-c", script],
+        env={"PATH": os.environ["PATH"]},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-
-
-def unprivileged() -> list[str]:
-    """What to put before a command so that it runs without privileges: nothing, if we have none."""
-    if os.geteuid() != 0:
-        return []
-    if shutil.which("setpriv") is None:
-        pytest.skip("setpriv is not installed")
-    prefix = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    if run("import pydantic", *prefix).returncode:
-        pytest.skip("this Python or its packages lie where other users cannot reach them")
-    return prefix
 
 
 def isolated(*options: str) -> list[str]:
@@ -91,7 +73,7 @@ def test_this_host_is_examined_whole(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unprivileged_user_gets_findings_not_errors(tmp_path: Path) -> None:
+def test_an_unprivileged_user_gets_findings_not_errors(nobodys_python: list[str]) -> None:
     """Nothing that such a user may not read or do stops the examination, and passt starts for them too."""
     script = """
 import json
@@ -99,7 +81,7 @@ from pathlib import Path
 from qrapd import doctor
 print(json.dumps(doctor.as_json(doctor.examine(Path("/nonexistent/qrapd")))))
 """
-    done = run(script, *unprivileged())
+    done = run(script, *nobodys_python)
 
     assert done.returncode == 0, done.stderr
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
@@ -108,11 +90,11 @@ print(json.dumps(doctor.as_json(doctor.examine(Path("/nonexistent/qrapd")))))
     assert findings["runtime directory"]["remedy"].split()[0] in {"sudo", "doas", "su"}
 
 
-def test_without_a_session_s_directory_the_user_is_told_of_one() -> None:
+def test_without_a_session_s_directory_the_user_is_told_of_one(nobodys_python: list[str]) -> None:
     """No XDG_RUNTIME_DIR: a finding with the command that chooses a place, not an exception."""
     script = "from qrapd import doctor; print(doctor.examine_runtime_directory(None))"
 
-    done = run(script, *unprivileged())
+    done = run(script, *nobodys_python)
 
     assert "status='problem'" in done.stdout, done.stderr
     assert "export RUNTIME_DIRECTORY=" in done.stdout
@@ -339,7 +321,7 @@ print(finding.status)
 subprocess.run(finding.remedy, shell=True, check=True, stdout=subprocess.DEVNULL)
 print(doctor.examine_user_namespaces(None).status)
 """
-    done = run(script, *isolated("--user", "--map-root-user"))
+    done = run(script, *isolated("--user", "--map-root-user"), sys.executable)
 
     assert done.stdout.split() == ["problem", "ok"], done.stderr
 
@@ -561,7 +543,7 @@ if finding.remedy:
 trial = doctor.try_passt()
 print(doctor.judge_trial(trial).status, doctor.examine_network(trial).status if finding.remedy else "ok")
 """
-    done = run(script, *isolated("--net"))
+    done = run(script, *isolated("--net"), sys.executable)
 
     assert done.stdout.split() in (["problem", "ok", "ok"], ["warning", "ok", "ok"]), done.stderr
 

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the benchmarks share: qrapd's command, processes that do not outlive a run, figures with their spread."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+__all__ = [
+    "RunFailed",
+    "arguments",
+    "children",
+    "ended",
+    "peak_rss_mib",
+    "pidfd",
+    "qrapd_run",
+    "spread",
+    "warm_environment",
+]
+
+
+class RunFailed(Exception):
+    """A run did not do what it was started for, so that there is nothing to measure."""
+
+
+def arguments(description: str | None, runs: int) -> argparse.Namespace:
+    """The command line of a benchmark: ``runs``, at least 1, and ``json``."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=runs, metavar="N", help=f"default: {runs}")
+    parser.add_argument("--json", action="store_true", help="print every single run, for programs")
+    parsed = parser.parse_args()
+    parsed.runs = max(1, parsed.runs)
+    return parsed
+
+
+def qrapd_run(file: Path) -> list[str]:
+    """``qrapd run FILE`` under the interpreter that runs this, with a runtime directory beside the file."""
+    script = Path(sys.executable).with_name("qrapd")
+    return [sys.executable, str(script), "run", str(file), "--runtime-dir", str(file.parent / "run")]
+
+
+def warm_environment(bytecode: Path) -> dict[str, str]:
+    """Our environment, but each module is compiled once, as by an installation, and into ``bytecode``."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(bytecode)}
+
+
+@contextlib.contextmanager
+def ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave neither the process nor its children behind, whatever happens; it may even stand still."""
+    try:
+        yield
+    finally:
+        if child.poll() is None:
+            orphans = children(child.pid)
+            child.kill()
+            child.wait()
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def pidfd(pid: int) -> Iterator[int]:
+    """A pidfd, which becomes readable when the process ends."""
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def children(pid: int) -> list[int]:
+    """The children that a process's first thread has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def peak_rss_mib(pid: int) -> float:
+    """The most memory that a process has had resident, shared libraries included: proc_pid_status(5), VmHWM."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """The median, with the least and the most: ``1.05 (1.01 to 1.12)``."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
