@@ -262,3 +262,48 @@ def test_closed_standard_streams(place: Path, closed: str) -> None:
         process.kill()
         process.wait()
     assert [] == processes_with(str(place))
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "schema", "check"])
+def test_a_full_disk_behind_stdout(tmp_path: Path, command: str) -> None:
+    """The host's reason in one line, not a traceback: it is no bug of ours."""
+    arguments = [str(write_vm(tmp_path, "web").path)] if command in {"plan", "check"} else []
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "qrapd", command, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (69, "qrapd: No space left on device\n") == (ended.returncode, ended.stderr)
+
+
+def test_too_few_open_files(place: Path) -> None:
+    """The limit is named with the command that raises it, and nothing is left."""
+    vm = write_vm(place, "few")
+    for limit in (14, 16, 18):
+        command = f"ulimit -n {limit}; exec {sys.executable} -m qrapd run {vm.path} --runtime-dir {place}/run"
+        ended = subprocess.run(
+            ["sh", "-c", f"{command} --log-format console"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        assert 69 == ended.returncode, ended.stderr
+        assert "ulimit -n" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert [] == list((place / "run").glob("*"))
+
+
+@pytest.mark.may_skip(reason="only where there is no journal")
+def test_a_journal_that_is_not_there(place: Path) -> None:
+    """Asked for and not to be had: said on stderr, since nobody would read it anywhere else."""
+    if Path("/run/systemd/journal/socket").exists():
+        pytest.skip("there is a journal here")
+    ended = qrapd("run", write_vm(place, "mute").path, "--log-format", "journal")
+    assert 69 == ended.returncode
+    assert "no socket /run/systemd/journal/socket" in ended.stderr

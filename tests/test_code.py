@@ -35,16 +35,17 @@ LAYERS = [
     # the operating system
     ["binaries", "guest", "journal", "logs", "process", "runtime_directory", "systemd", "unix_sockets"],
     # pure from here on: they decide and do no I/O, so that a test of them needs no process
+    ["wrap_arguments"],
     ["qemu_arguments"],
     ["config"],
     ["passt_options"],
     ["lifecycle", "messages", "ports"],
     # and these with the standard library alone
-    ["backoff", "errors", "frames", "lines"],
+    ["backoff", "errors", "frames", "lines", "qrap_arguments"],
     ["__init__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
-HIGHEST_PURE = HEIGHT["qemu_arguments"]
+HIGHEST_PURE = HEIGHT["wrap_arguments"]
 HIGHEST_STDLIB_ONLY = HEIGHT["errors"]
 
 # What does I/O or waits; not whole, but what makes sense in a supervisor.

@@ -60,6 +60,50 @@ def test_stay_on_a_terminal(tmp_path: Path) -> None:
         shown.close(force=True)
 
 
+def test_a_guest_that_never_comes_up(tmp_path: Path) -> None:
+    """A reset while it boots ends the guest: that is no success, and the last that was seen is told."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qrapd", "demo", "--runtime-dir", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        while "booting" not in process.stdout.readline():
+            assert process.poll() is None
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.connect(str(tmp_path / "run/demo/user-qmp.sock"))
+            monitor.sendall(b'{"execute": "qmp_capabilities"} {"execute": "system_reset"}')
+            _, words = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
+    assert 1 == process.returncode
+    assert "ended before it answered" in words
+
+
+def test_a_reader_that_leaves_early(tmp_path: Path) -> None:
+    """As `head` does: the guest is ended, and nobody is shown a traceback."""
+    command = [sys.executable, "-m", "qrapd", "demo", "--runtime-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+        _, words = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
+    assert "" == words
+    assert 0 == process.returncode
+    assert [] == processes_with(str(tmp_path))
+
+
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     """passt's words and the hint reach the person, and the status is 69."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

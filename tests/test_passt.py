@@ -155,7 +155,9 @@ async def test_a_program_that_is_missing() -> None:
     peer, theirs = socket.socketpair()
     with peer:
         async with anyio.create_task_group() as tasks:
-            with pytest.raises(Unavailable, match=r"^cannot run /nowhere/passt: No such file or directory$"):
+            with pytest.raises(
+                Unavailable, match=r"^cannot run /nowhere/passt in /: No such file or directory$"
+            ):
                 await Passt.start(["/nowhere/passt"], theirs, directory=Path("/"), tasks=tasks, tell=print)
         assert -1 == theirs.fileno()
         assert b"" == peer.recv(1)

@@ -37,7 +37,7 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def configuration(directory: Path, qemu: object, text: str = "", keys: str = "") -> VmConfiguration:
+def configuration(directory: Path, qemu: Path | str, text: str = "", keys: str = "") -> VmConfiguration:
     """A VM called web whose file is in ``directory``; ``keys`` go to [qemu], ``text`` follows."""
     return parse(f"[qemu]\nbinary = '{qemu}'\naccel = 'tcg'\n{keys}\n{text}", directory / "web.toml")
 
@@ -187,12 +187,30 @@ def test_an_option_that_the_installed_passt_lacks(tmp_path: Path, program: Path,
 
 
 def test_all_problems_come_at_once(tmp_path: Path, program: Path, passt: Path) -> None:
-    """And go before a missing program, which may be one that the file names wrongly."""
+    """A missing program among them."""
     text = f"[restart]\npolicy = 'always'\n[[link]]\nmode = 'native'\npasst_binary = '{passt}'\n[link.passt]\nodd = 1"
     vm = configuration(tmp_path, tmp_path / "missing", text, keys="directory = 'missing'")
-    assert {"restart.policy", "link[0].mode", "link[0].passt.odd", "qemu.directory"} == {
+    assert {"restart.policy", "link[0].mode", "link[0].passt.odd", "qemu.directory", "qemu.binary"} == {
         problem.key for problem in problems_of(vm)
     }
+
+
+def test_all_missing_programs_come_at_once(tmp_path: Path) -> None:
+    """Whoever installs one wants to hear of the others; each message and each hint is told once."""
+    text = "[[link]]\npasst_binary = 'no-passt'\n[[link]]\npasst_binary = 'no-passt'"
+    with pytest.raises(Unavailable) as caught:
+        resolve(configuration(tmp_path, "no-qemu", text))
+    assert 1 == caught.value.message.count("no-passt is not installed")
+    assert 1 == caught.value.message.count("no-qemu is not installed")
+
+
+def test_paths_of_programs_are_relative_to_the_file(tmp_path: Path, passt: Path) -> None:
+    """As all paths in a file are, wherever qrapd is started and wherever QEMU works."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "qemu").write_text("#!/bin/sh\n")
+    (tmp_path / "qemu").chmod(0o755)
+    made = resolve(configuration(tmp_path, "./qemu", keys="directory = 'work'"))
+    assert tmp_path / "qemu" == Path(made.qemu)
 
 
 # --- what is missing ----------------------------------------------------------------------------------

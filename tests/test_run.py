@@ -202,10 +202,56 @@ def test_a_stop_at_any_moment_of_a_start(place: Path) -> None:
             run.process.send_signal(signal.SIGTERM)
             if step % 3 == 0:
                 run.process.send_signal(signal.SIGINT)
+            status = run.wait()
             # Before qrapd listens to signals it has nothing that could be left, and dies of them as any program.
-            assert run.wait() in {0, 1, -signal.SIGTERM, -signal.SIGINT}, run.events
+            violent = set() if run.names() else {1, -signal.SIGTERM, -signal.SIGINT}
+            assert status in {0} | violent, run.events
             assert not any("Traceback" in line for line in run.stray), run.stray
             run.assert_nothing_left()
+
+
+def test_signals_that_come_late(place: Path) -> None:
+    """Once all is over, further signals must not make the end look violent."""
+    vm = write_vm(place, "late", qemu="powerdown_timeout = 0")
+    for pause in (0.0, 0.002, 0.005, 0.01, 0.02):
+        with Run(vm.path, place / "run") as run:
+            run.wait_for("vm.ready")
+            run.process.send_signal(signal.SIGTERM)
+            run.wait_for("vm.exited")
+            time.sleep(pause)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                run.process.send_signal(number)
+            assert 0 == run.wait()
+            run.assert_nothing_left()
+
+
+def test_sighup_is_told_and_does_nothing(place: Path) -> None:
+    """A reload, or a terminal that is closed, must not end a VM, at whatever moment it comes."""
+    vm = write_vm(place, "reload", qemu="powerdown_timeout = 0")
+    with Run(vm.path, place / "run") as run:
+        for _ in range(20):  # from the start on
+            time.sleep(0.02)
+            if any(run.names()):
+                break
+        run.process.send_signal(signal.SIGHUP)
+        run.wait_for("vm.reload_refused")
+        assert 0 == run.stop()
+        run.assert_nothing_left()
+
+
+def test_the_power_button_is_pressed_again(place: Path) -> None:
+    """A guest that still boots has no ear for the first press: QEMU's own events count them."""
+    vm = write_vm(place, "deaf", qemu="powerdown_timeout = 6.5")
+    with Run(vm.path, place / "run") as run:
+        run.wait_for("vm.ready")
+        monitor = socket.socket(socket.AF_UNIX)
+        with monitor, monitor.makefile("rw") as lines:
+            monitor.connect(str(place / "run/deaf/user-qmp.sock"))
+            lines.write('{"execute": "qmp_capabilities"}\n')
+            lines.flush()
+            lines.readline()
+            assert 0 == run.stop()
+            assert 2 == sum('"POWERDOWN"' in line for line in lines)
 
 
 # --- what must not start ------------------------------------------------------------------------------
@@ -274,6 +320,7 @@ def test_a_qemu_left_by_a_killed_supervisor(place: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["-version"], "before its monitor said a word"),
         (["-drive", "file=nowhere.qcow2,if=virtio"], "nowhere.qcow2"),
         (["-kernel", "nowhere.img"], "nowhere.img"),
         (["-no-such-option"], "no-such-option"),
@@ -286,7 +333,7 @@ def test_what_qemu_refuses(place: Path, args: list[str], words: str) -> None:
         assert 1 == run.wait()
         assert words in run.last("run.failed")["error"]
         assert run.last("run.failed")["hint"]
-        assert ("failed", 1) == (run.last("vm.exited")["reason"], run.last("vm.exited")["exit_code"])
+        assert "failed" == run.last("vm.exited")["reason"]
         run.assert_nothing_left()
 
 

@@ -199,6 +199,29 @@ def test_a_base_that_is_a_file(tmp_path: Path) -> None:
     assert 0o644 == stat.S_IMODE((tmp_path / "file").stat().st_mode)
 
 
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Whoever can write in the base must not choose what is closed to others, and emptied, in our name."""
+    target = tmp_path / "target"
+    target.mkdir(mode=0o755)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/web").symlink_to(target)
+    with pytest.raises(Unavailable), VmDirectory(tmp_path / "base", "web").claim():
+        pass
+    assert 0o755 == target.stat().st_mode & 0o777
+    assert [] == list(target.iterdir())
+
+
+def test_a_directory_of_someone_else(place: Path) -> None:
+    """It is refused, and stays as it is."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a directory that belongs to someone else")
+    (place / "web").mkdir(mode=0o755)
+    os.chown(place / "web", 65534, 65534)
+    with pytest.raises(Unavailable, match="belongs to user 65534"), VmDirectory(place, "web").claim():
+        pass
+    assert 0o755 == (place / "web").stat().st_mode & 0o777
+
+
 def test_a_base_that_one_may_not_write_in(place: Path, as_nobody: list[str]) -> None:
     """An unprivileged user is told where writing failed and what to do; status 69."""
     file = place / "web.toml"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,10 +84,31 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
 
 
 def test_a_directory_cannot_be_read(tmp_path: Path) -> None:
-    """The system's own reason is quoted."""
+    """A VM has a directory for its disks, perhaps, but its file is a file."""
     with pytest.raises(ConfigurationError) as caught:
         vm_files.read(vm_files.find(f"{tmp_path}/", tmp_path))
-    assert ["cannot be read: Is a directory"] == [problem.reason for problem in caught.value.problems]
+    assert ["is a directory"] == [problem.reason for problem in caught.value.problems]
+
+
+def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a device without an end, a file that is no VM's: refused at once."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    large = tmp_path / "large.toml"
+    large.write_bytes(b"#" * (vm_files.SIZE_LIMIT + 1))
+    reasons = []
+    for path in (tmp_path / "pipe.toml", Path("/dev/zero"), large):
+        with pytest.raises(ConfigurationError) as caught:
+            vm_files.read(path)
+        reasons.append(caught.value.problems[0].reason)
+    regular = "is not a regular file"
+    assert [regular, regular, "is larger than 1048576 bytes, as no VM's file is"] == reasons
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    """Editors on other systems put one there."""
+    path = tmp_path / "web.toml"
+    path.write_bytes(b"\xef\xbb\xbfname = 'other'\n")
+    assert "other" == vm_files.read(path).name
 
 
 def test_what_is_not_utf_8_is_said_so(tmp_path: Path) -> None:

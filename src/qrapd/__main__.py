@@ -3,6 +3,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 
@@ -12,8 +13,14 @@ def main() -> None:
     # (8 of 153 ms, measured). What lives longer than a moment turns it on again: qrapd.supervisor.
     gc.disable()
     _open_standard_streams()
+    # Ctrl-C while modules are being read would end in a traceback; and a reload that comes right after the start
+    # of a VM would end it (children get the default back: run handles SIGHUP before it has any).
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.argv[1:2] == ["run"]:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from qrapd.cli import run_command_line
 
+    signal.signal(signal.SIGINT, interrupt)
     sys.exit(run_command_line())
 
 

@@ -137,7 +137,9 @@ def find_binary(name: str) -> str:
 
 def _checked_path(path: str) -> str:
     if not Path(path).exists():
-        raise Unavailable(f"{path} does not exist", hint=install_hint(Path(path).name))
+        raise Unavailable(
+            f"{path} does not exist", hint=f"correct the path, or give just the name: {Path(path).name}"
+        )
     if not Path(path).is_file():
         raise Unavailable(
             f"{path} is not a program: it is no regular file", hint="give the path of the program"

@@ -6,6 +6,8 @@ Imports stand in the commands that need them, because every start of a VM pays f
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shlex
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrapd import __version__
-from qrapd.errors import ConfigurationError, ExitStatus, QrapdError
+from qrapd.errors import ConfigurationError, ExitStatus, QrapdError, Unavailable
 
 if TYPE_CHECKING:
     from qrapd.doctor import Finding
@@ -30,7 +32,9 @@ __all__ = ["run_command_line"]
 def run_command_line() -> int:
     """Parse the arguments, run the command, and put every error in words. Returns the exit status."""
     try:
-        return int(main.main(prog_name="qrapd", standalone_mode=False) or ExitStatus.OK)
+        status = int(main.main(prog_name="qrapd", standalone_mode=False) or ExitStatus.OK)
+        sys.stdout.flush()
+        return status
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -39,13 +43,32 @@ def run_command_line() -> int:
         return error.exit_status
     except (KeyboardInterrupt, click.Abort):
         return ExitStatus.FAILED
-    except BrokenPipeError:
-        # The reader of our output, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.OK
-    except Exception:
+    except Exception as error:
+        cause = _root_cause(error)
+        if isinstance(cause, OSError):
+            return _tell_of_host(cause)
         _report_bug()
         return ExitStatus.BUG
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What really happened, where it comes wrapped by the tasks that it passed through."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _tell_of_host(error: OSError) -> int:
+    """The host refused something that no caller expects it to: no bug of ours, and none that a traceback explains."""
+    with contextlib.suppress(OSError):
+        # What could not be written is not tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return ExitStatus.OK  # the reader of our output, such as `head`, has seen enough
+    where = f": {error.filename}" if error.filename else ""
+    hint = "raise the limit with: ulimit -n 1024" if error.errno == errno.EMFILE else None
+    _complain(Unavailable(f"{error.strerror or error}{where}", hint=hint))
+    return ExitStatus.UNAVAILABLE
 
 
 # --- options ------------------------------------------------------------------------------------------
@@ -103,8 +126,13 @@ def run(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: s
 
     SIGTERM, or Ctrl-C, asks the guest to power down; a second one takes the next, rougher step.
     """
-    from qrapd.logs import Logs
+    from qrapd.logs import JOURNAL_SOCKET, Logs
 
+    if log_format == "journal" and not JOURNAL_SOCKET.is_socket():
+        raise Unavailable(
+            f"there is no journal to write to: no socket {JOURNAL_SOCKET}",
+            hint="leave --log-format out, or choose json or console",
+        )
     with Logs(log_format, log_level) as logs:
         try:
             plan = _plan(file)
@@ -264,9 +292,11 @@ def _tell(error: QrapdError, logs: Logs) -> int:
         _complain(error)
     elif isinstance(error, ConfigurationError):
         for problem in error.problems:
-            logs.emit("config.invalid", file=error.path, problem=str(problem), hint=problem.hint)
+            hint = {"hint": problem.hint} if problem.hint else {}
+            logs.emit("config.invalid", file=error.path, problem=str(problem), **hint)
     else:
-        logs.emit("run.failed", error=error.message, hint=error.hint)
+        hint = {"hint": error.hint} if error.hint else {}
+        logs.emit("run.failed", error=error.message, **hint)
     return error.exit_status
 
 

@@ -88,7 +88,7 @@ class Qemu(_Table):
     directory: Text = Field(".", min_length=1, description="QEMU's working directory, relative to the file")
     args: list[Text] = Field(default=[], description="handed to QEMU as they are")
     console: Literal["journal", "none"] = Field(
-        "journal", description="journal: the first serial port's lines become events"
+        "journal", description="journal: the first serial port's lines become events; none: up to `args`"
     )
     powerdown_timeout: float = Field(
         60, ge=0, le=86400, description="seconds for the guest to power down before QEMU is told to quit"

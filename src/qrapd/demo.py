@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +20,9 @@ from rich.console import Console
 from rich.text import Text
 
 from qrapd import binaries, plan, vm_files
-from qrapd.errors import QemuFailed
+from qrapd.errors import ExitStatus, QemuFailed
 from qrapd.guest import GuestImage, build_guest, default_cache
+from qrapd.lifecycle import Reason
 from qrapd.logs import Emit, LogFormat, Logs
 from qrapd.plan import Plan
 from qrapd.supervisor import supervise
@@ -40,7 +43,7 @@ def show(*, stay: bool, port: int | None, base: Path | None, log_format: LogForm
     :param log_format: anything but ``auto`` writes the events to stderr as well, beside what is shown.
     :raise QrapdError: something that it needs is missing, or the guest did not come up.
     """
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     say = partial(_line, console)
     guest = build_guest(default_cache(), say=lambda line: say("preparing", line))
     with tempfile.TemporaryDirectory(prefix="qrapd-demo-") as scratch:
@@ -51,11 +54,24 @@ def show(*, stay: bool, port: int | None, base: Path | None, log_format: LogForm
         say("guest", f"Linux {guest.version} and busybox, {_MEMORY}, {_accelerator(made)}")
         with Logs(log_format, log_level) as logs:
             visit = _Visit(console, made, port, stay, None if log_format == "auto" else logs.emit)
-            anyio.run(supervise, made, base or Path(scratch) / "run", visit.note, visit.carry_out)
+            outcome = anyio.run(supervise, made, base or Path(scratch) / "run", visit.note, visit.carry_out)
     if visit.error is not None:
         raise visit.error
     say("done", "no process, socket or file is left")
-    return 0
+    if visit.completed:
+        return ExitStatus.OK
+    if outcome.reason is Reason.REQUEST:  # Ctrl-C
+        return ExitStatus.FAILED
+    raise visit.premature_end()
+
+
+class _Console(Console):
+    """A console whose reader may leave early, as `head` does: rich would exit from within the running VM."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more; the show goes on to its orderly end."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Visit:
@@ -63,6 +79,7 @@ class _Visit:
 
     def __init__(self, console: Console, made: Plan, port: int, stay: bool, log: Emit | None) -> None:
         self.error: QemuFailed | None = None
+        self.completed = False
         self._console = console
         self._plan = made
         self._port = port
@@ -115,7 +132,8 @@ class _Visit:
             say("HTTP", f"GET http://127.0.0.1:{self._port}/ says {status}  ({self._elapsed()})")
             for line in page.splitlines():
                 say("", line)
-            if self._stay:
+            self.completed = True
+            if self._stay and not self._console.quiet:
                 self._tell_how_to_reach(say)
             else:
                 vm.stop()
@@ -125,6 +143,13 @@ class _Visit:
             hint="see everything with: qrapd demo --log-format console",
         )
         vm.stop()
+
+    def premature_end(self) -> QemuFailed:
+        """Why the show was over before its end."""
+        return QemuFailed(
+            f"the guest ended before it answered; the last that was seen: {self._progress}",
+            hint="see everything with: qrapd demo --log-format console",
+        )
 
     async def _wait_for_guest(self) -> None:
         with self._console.status("") as status:

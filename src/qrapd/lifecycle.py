@@ -109,6 +109,7 @@ TABLE: dict[State, dict[Event, Step]] = {
     _S.LAUNCHING: {
         _E.QEMU_SPAWNED: (_S.CONNECTING, (_A.CONNECT_QMP,)),
         _E.SPAWN_FAILED: _RELEASE,
+        _E.LINKS_FAILED: (_S.ABANDONING, ()),
         _E.STOP: (_S.ABANDONING, ()),
         _E.HURRY: (_S.ABANDONING, ()),
     },
@@ -119,6 +120,8 @@ TABLE: dict[State, dict[Event, Step]] = {
     _S.CONNECTING: {
         _E.QMP_UP: (_S.READY, (_A.ANNOUNCE_READY,)),
         _E.QMP_FAILED: _TERMINATE,
+        # A VM is ready with every link up, or not at all.
+        _E.LINKS_FAILED: _TERMINATE,
         _E.DEADLINE: _TERMINATE,
         _E.QEMU_EXITED: _RELEASE,
         # No guest has booted yet that could power down in order.
@@ -189,15 +192,23 @@ class Verdict:
 
 
 def judge_exit(
-    *, exit_code: int | None, signal: int | None, stop_requested: bool, shutdown_cause: str | None
+    *,
+    exit_code: int | None,
+    signal: int | None,
+    stop_requested: bool,
+    shutdown_cause: str | None,
+    greeted: bool = True,
 ) -> Verdict:
     """Read the end of a QEMU process.
 
     ``exit_code`` or ``signal`` is set; ``shutdown_cause`` is the field ``reason`` of QMP's last SHUTDOWN
-    event (QEMU's qapi/run-state.json, ShutdownCause), or None when there was none.
+    event (QEMU's qapi/run-state.json, ShutdownCause), or None when there was none; ``greeted`` whether its
+    monitor had said a word: without that no machine ever ran, as with ``-version`` among the arguments.
     """
     if stop_requested:
         return Verdict(Reason.REQUEST, failure=False)
+    if not greeted and signal is None:
+        return Verdict(Reason.FAILED, failure=True)
     # QEMU turns SIGTERM, SIGINT and SIGHUP into an orderly end with exit status 0.
     if signal is not None or shutdown_cause == "host-signal":
         return Verdict(Reason.KILLED, failure=True)

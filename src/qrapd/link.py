@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import enum
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import anyio
 from anyio.abc import TaskGroup
 
+from qrapd.errors import Unavailable
 from qrapd.logs import Emit
 from qrapd.passt import Passt
 from qrapd.plan import LinkPlan
+from qrapd.process import ExitStatus
 from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import ProcessId
 
@@ -37,12 +40,19 @@ class LinkState(enum.Enum):
 class Link:
     """One NIC's passt and stream, from start to release."""
 
-    def __init__(self, plan: LinkPlan, directory: Path, emit: Emit) -> None:
+    def __init__(
+        self,
+        plan: LinkPlan,
+        directory: Path,
+        emit: Emit,
+        on_loss: Callable[[Link, ExitStatus], None],
+    ) -> None:
         self.plan = plan
         self.state = LinkState.NEW
         self.generation = 0
         self._directory = directory
         self._emit: Emit = partial(emit, link=plan.index)
+        self._on_loss = on_loss
         self._passt: Passt | None = None
         self._stream: socket.socket | None = None
 
@@ -87,6 +97,12 @@ class Link:
         self.state = LinkState.LOST
         self._emit("passt.exited", pid=passt.pid, **status.fields)
         self._emit("link.lost", generation=self.generation, reason="exited")
+        self._on_loss(self, status)
+
+    def explain(self, status: ExitStatus) -> Unavailable:
+        """Why the link was lost, in passt's own words."""
+        assert self._passt is not None
+        return self._passt.explain_end(status)
 
     async def release(self) -> None:
         """Let go of the stream and see passt off. Not cancellable: nothing may be left behind."""

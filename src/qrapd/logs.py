@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -173,6 +174,8 @@ class _Writer:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        # Signals are the main thread's: where it blocks or ignores one, this thread must not take it instead.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             with self._changed:
                 while not self._queue and not self._closing:

@@ -20,7 +20,7 @@ from anyio.abc import TaskGroup
 
 from qrapd import frames
 from qrapd.errors import Unavailable
-from qrapd.process import ExitStatus, Process, read_lines, spawn
+from qrapd.process import ExitStatus, Process, cannot_run, read_lines, spawn
 
 __all__ = ["Passt", "command_line", "is_noise", "suggest"]
 
@@ -79,7 +79,7 @@ class Passt:
             try:
                 process = await spawn(command_line(argv, fd), pass_fds=[fd], directory=directory)
             except OSError as error:
-                raise Unavailable(f"cannot run {argv[0]}: {error.strerror}") from error
+                raise cannot_run(argv[0], directory, error) from error
         passt = cls(process)
         tasks.start_soon(passt._listen, tell)
         return passt
@@ -92,6 +92,7 @@ class Passt:
         :raise Unavailable: passt ended, with its own words, or stayed silent.
         """
         ended: ExitStatus | None = None
+        garbage: frames.GarbageError | None = None
 
         async def watch(scope: anyio.CancelScope) -> None:
             nonlocal ended
@@ -103,10 +104,20 @@ class Passt:
                 tasks.start_soon(watch, tasks.cancel_scope)
                 # A passt that ends hangs up as well; `watch` knows how it ended.
                 with contextlib.suppress(ConnectionError):
-                    await _ask_for_answer(peer, mac)
+                    try:
+                        await _ask_for_answer(peer, mac)
+                    except frames.GarbageError as error:
+                        garbage = error
                     tasks.cancel_scope.cancel()
         if ended is not None:
-            raise await self._explain_end(ended)
+            with anyio.move_on_after(END_GRACE):
+                await self._silent.wait()
+            raise self.explain_end(ended)
+        if garbage is not None:
+            raise Unavailable(
+                f"what was started as passt (pid {self.pid}) speaks something else on its stream: {garbage}",
+                hint="is `passt_binary` really passt? See the line of `qrapd plan`",
+            )
         if patience.cancelled_caught:
             raise Unavailable(
                 f"passt (pid {self.pid}) did not answer within {ANSWER_TIMEOUT:g} s of its start",
@@ -137,9 +148,8 @@ class Passt:
         finally:
             self._silent.set()
 
-    async def _explain_end(self, status: ExitStatus) -> Unavailable:
-        with anyio.move_on_after(END_GRACE):
-            await self._silent.wait()
+    def explain_end(self, status: ExitStatus) -> Unavailable:
+        """Why passt ended before the VM was up, in its own words."""
         last = self.words[-1] if self.words else "(nothing)"
         return Unavailable(f"passt ended at once ({status}). It wrote: {last}", hint=suggest(last))
 
@@ -152,15 +162,15 @@ async def _ask_for_answer(peer: socket.socket, mac: str) -> None:
         waiting = peer.recv(_PEEK_SIZE, socket.MSG_PEEK)
         if not waiting:
             raise ConnectionResetError
-        whole = list(frames.split_frames(waiting))
+        answered = frames.AnswerFinder().feed(waiting)
+        # Only whole frames may be taken: what is left is where QEMU begins to read.
+        whole = sum(frames.LENGTH_SIZE + len(frame) for frame in frames.split_frames(waiting))
+        peer.recv(whole)
+        if answered:
+            return
         if not whole:
             # Part of a frame: to wait until the stream is readable would not be to wait.
             await anyio.sleep(_REST_OF_FRAME)
-            continue
-        # Only whole frames may be taken: what is left is where QEMU begins to read.
-        peer.recv(sum(frames.LENGTH_SIZE + len(frame) for frame in whole))
-        if any(frames.is_answer(frame) for frame in whole):
-            return
 
 
 _NOISE = re.compile(r"Failed to send \d+ bytes to syslog")

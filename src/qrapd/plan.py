@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,28 +65,25 @@ def resolve(configuration: VmConfiguration) -> Plan:
     :raise Unavailable: a program or the working directory is not there.
     """
     problems = [*_unsupported(configuration)]
-    if not configuration.directory.is_dir():
-        problems.append(
-            Problem("qemu.directory", "is not a directory", value=repr(str(configuration.directory)))
-        )
-    missing: list[Unavailable] = []
+    problems += _check_directory(configuration.directory)
+    missing: dict[str, Unavailable] = {}
     passts: list[str] = []
     for index, link in enumerate(configuration.links):
         try:
-            passts.append(binaries.find_binary(link.passt_binary))
+            passts.append(_find_binary(link.passt_binary, configuration))
             problems += _lacking_options(index, link, passts[-1])
         except Unavailable as error:
-            missing.append(error)
+            missing[f"link[{index}].passt_binary"] = error
     try:
-        qemu = binaries.find_binary(
-            configuration.qemu.binary or f"qemu-system-{binaries.host_architecture()}"
-        )
+        default = f"qemu-system-{binaries.host_architecture()}"
+        qemu = _find_binary(configuration.qemu.binary or default, configuration)
     except Unavailable as error:
-        missing.append(error)
+        missing["qemu.binary"] = error
     if problems:
+        problems += [Problem(key, error.message, hint=error.hint) for key, error in missing.items()]
         raise ConfigurationError(str(configuration.path), problems)
     if missing:
-        raise missing[0]
+        raise _together(missing.values())
     return Plan(
         configuration,
         qemu,
@@ -95,6 +93,30 @@ def resolve(configuration: VmConfiguration) -> Plan:
             for index, (link, passt) in enumerate(zip(configuration.links, passts, strict=True))
         ),
     )
+
+
+def _find_binary(name: str, configuration: VmConfiguration) -> str:
+    """A name is looked up on PATH; a path is relative to the file, as all are."""
+    return binaries.find_binary(str(configuration.path.parent / name) if "/" in name else name)
+
+
+def _check_directory(directory: Path) -> Iterator[Problem]:
+    if not directory.is_dir():
+        yield Problem("qemu.directory", "is not a directory", value=repr(str(directory)))
+    elif not os.access(directory, os.X_OK):
+        yield Problem(
+            "qemu.directory",
+            "may not be entered by this user",
+            value=repr(str(directory)),
+            hint="run as a user who may, or open it: chmod +x",
+        )
+
+
+def _together(errors: Iterable[Unavailable]) -> Unavailable:
+    """Several missing things as one error: whoever mends them wants to hear of all."""
+    told = {error.message: error.hint for error in errors}
+    hints = dict.fromkeys(hint for hint in told.values() if hint)
+    return Unavailable("; ".join(told), hint="; ".join(hints) or None)
 
 
 def _unsupported(configuration: VmConfiguration) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -21,9 +22,10 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 
+from qrapd.errors import Unavailable
 from qrapd.lines import LineSplitter
 
-__all__ = ["ExitStatus", "Process", "read_lines", "spawn", "start_time"]
+__all__ = ["ExitStatus", "Process", "cannot_run", "read_lines", "spawn", "start_time"]
 
 _PIPE_SIZE = 256 * 1024
 """Bytes; room for a burst of output while the event loop is busy. pipe(7): at most 1 MiB without privilege."""
@@ -146,6 +148,19 @@ async def spawn(
     finally:
         os.close(write_end)
     return Process(child, read_end)
+
+
+def cannot_run(program: str, directory: str | Path, error: OSError) -> Unavailable:
+    """What :func:`spawn` raised, for people: the directory may be at fault as well as the program."""
+    hints = {
+        errno.ENOEXEC: f"{program} is no program for this machine: for which one does `file {program}` say?",
+        errno.EACCES: f"may this user enter {directory} and execute {program}? See: ls -ld {directory} {program}",
+        errno.ENOENT: f"is the directory {directory} still there, and the interpreter that a script begins with?",
+        errno.EMFILE: "this process may not have more open files: raise the limit with ulimit -n",
+    }
+    return Unavailable(
+        f"cannot run {program} in {directory}: {error.strerror}", hint=hints.get(error.errno or 0)
+    )
 
 
 async def read_lines(fd: int) -> AsyncIterator[str]:

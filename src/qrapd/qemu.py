@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd.errors import QemuFailed, Unavailable
+from qrapd.errors import QemuFailed
 from qrapd.plan import Plan
-from qrapd.process import ExitStatus, Process, read_lines, spawn
+from qrapd.process import ExitStatus, Process, cannot_run, read_lines, spawn
 from qrapd.qemu_arguments import Endpoints
 from qrapd.runtime_directory import VmDirectory
 
@@ -65,7 +65,7 @@ class Qemu:
                         argv, pass_fds=[qmp, user_qmp, serial, *streams], directory=plan.directory
                     )
                 except OSError as error:
-                    raise Unavailable(f"cannot run {argv[0]}: {error.strerror}") from error
+                    raise cannot_run(argv[0], plan.directory, error) from error
                 unless_started.pop_all()
         return cls(process, monitor, console)
 
@@ -96,11 +96,12 @@ class Qemu:
                 await drained.wait()
         return status
 
-    def explain(self, status: ExitStatus) -> QemuFailed:
-        """Why QEMU ended badly, in its own words."""
+    def explain(self, status: ExitStatus, *, greeted: bool) -> QemuFailed:
+        """Why QEMU ended badly, in its own words; ``greeted`` is whether its monitor had said anything."""
         words = " / ".join(list(self.words)[-3:])
+        when = "" if greeted or status.exit_code != 0 else " before its monitor said a word"
         said = f". It wrote: {words}" if words else " and wrote nothing"
-        return QemuFailed(f"QEMU (pid {self.pid}) ended: {status}{said}", hint=_suggest(words, status))
+        return QemuFailed(f"QEMU (pid {self.pid}) ended{when}: {status}{said}", hint=_suggest(words, status))
 
 
 def _connect(listener: socket.socket) -> socket.socket:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from qrapd.config import VmConfiguration, chooses_accelerator
 
-__all__ = ["Endpoints", "command_line"]
+__all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor"]
 
 FIRST_GENERATION = 1
 
@@ -27,7 +27,8 @@ class Endpoints:
 
     qmp: int | str
     user_qmp: int | str
-    serial: int | str
+    serial: int | str | None
+    """None for a QEMU whose console is not qrapd's business"""
     streams: Sequence[int | str]
 
     @classmethod
@@ -46,8 +47,8 @@ def command_line(
         *_accelerator(configuration, kvm=kvm),
         # No window and no VNC server that nobody asked for; a later -display or -vnc of the user's wins.
         *("-display", "none"),
-        *_monitor("qmp", endpoints.qmp),
-        *_monitor("user-qmp", endpoints.user_qmp),
+        *monitor("qmp", endpoints.qmp),
+        *monitor("user-qmp", endpoints.user_qmp),
         *_console(configuration, endpoints.serial),
         *_network(configuration, endpoints.streams),
         *configuration.qemu.args,
@@ -63,14 +64,15 @@ def _accelerator(configuration: VmConfiguration, *, kvm: bool) -> Iterator[str]:
     yield from ("-accel", accel)
 
 
-def _monitor(name: str, fd: int | str) -> Iterator[str]:
+def monitor(name: str, fd: int | str) -> Iterator[str]:
+    """A QMP monitor on a listening socket; ``name`` is its chardev's id."""
     # The socket is bound by us and handed over, so that it can be connected to before QEMU has started.
     yield from ("-chardev", f"socket,id={name},fd={fd},server=on,wait=off")
     yield from ("-mon", f"chardev={name},mode=control")
 
 
-def _console(configuration: VmConfiguration, fd: int | str) -> Iterator[str]:
-    if configuration.qemu.console == "none":
+def _console(configuration: VmConfiguration, fd: int | str | None) -> Iterator[str]:
+    if configuration.qemu.console == "none" or fd is None:
         return
     yield from ("-chardev", f"socket,id=console,fd={fd},server=on,wait=off")
     yield from ("-serial", "chardev:console")

@@ -56,7 +56,10 @@ class Qmp:
         try:
             await client.connect(connection)
         except ConnectError as error:
-            raise QmpFailed(f"QEMU's monitor did not answer: {error}") from error
+            raise QmpFailed(
+                f"QEMU's monitor did not answer as one does ({type(error.exc).__name__})",
+                hint="is `binary` really QEMU? See what it wrote (qemu.output events)",
+            ) from error
         except BaseException:  # a cancellation
             await cls(client).close()
             raise

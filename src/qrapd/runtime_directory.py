@@ -81,9 +81,9 @@ class VmDirectory:
     def listen(self, name: str) -> socket.socket:
         """A listening socket, to be handed to QEMU by fd: whoever connects from now on waits, but is not refused."""
         path = self.socket_path(name)
-        path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            path.unlink(missing_ok=True)
             listener.bind(str(path))
             listener.listen(1)
         except OSError as error:
@@ -105,15 +105,33 @@ class VmDirectory:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700)
-            # systemd's RuntimeDirectoryMode may have made it wider, and mkdir() is subject to the umask. If the
-            # last supervisor has removed it in the meantime, _take_lock() makes it once more.
+            # If the last supervisor has removed it in the meantime, _take_lock() makes it once more.
             with contextlib.suppress(FileNotFoundError):
-                os.chmod(f"{self.path}/", 0o700)  # noqa: PTH101 (a Path drops the slash, by which a file is refused)
+                self._secure()
         except OSError as error:
             raise Unavailable(
                 f"cannot make the runtime directory {self.path}: {error.strerror}",
                 hint="run as a user who may write there, or name another place: --runtime-dir DIR",
             ) from error
+
+    def _secure(self) -> None:
+        """Take the directory for our own, and close it to others.
+
+        A link is not followed, and a stranger's directory is refused: in a base that others can write, such as
+        /tmp, they would choose what is written and removed in our name.
+        """
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            owner = os.fstat(directory).st_uid
+            if owner != os.geteuid():
+                raise Unavailable(
+                    f"the directory {self.path} belongs to user {owner}, and this is user {os.geteuid()}",
+                    hint="remove it, run as that user, or name another place: --runtime-dir DIR",
+                )
+            # systemd's RuntimeDirectoryMode may have made it wider, and mkdir() is subject to the umask.
+            os.fchmod(directory, 0o700)
+        finally:
+            os.close(directory)
 
     def _take_lock(self) -> None:
         path = self.path / "lock"

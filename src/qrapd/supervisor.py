@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from qrapd.vm import Outcome, Vm
 
 __all__ = ["supervise"]
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 async def supervise(
     plan: Plan, base: Path, emit: Emit, companion: Callable[[Vm], Coroutine[Any, Any, None]] | None = None
@@ -33,10 +36,7 @@ async def supervise(
     _collect_garbage()
     directory = VmDirectory(base, plan.name)
     # Signals first: from here on none can end qrapd between two steps and leave something behind.
-    with (
-        anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
-        directory.claim(),
-    ):
+    with _receive_signals() as signals, directory.claim():
         _refuse_second_qemu(directory)
         vm = Vm(plan, directory, emit)
         async with anyio.create_task_group() as tasks:
@@ -48,6 +48,24 @@ async def supervise(
     if outcome.error is not None:
         raise outcome.error
     return outcome
+
+
+@contextlib.contextmanager
+def _receive_signals() -> Iterator[AsyncIterator[signal.Signals]]:
+    """The signals that are for the VM. Afterwards they are ignored: all is over, and must not seem to end violently.
+
+    Closing the receiver puts the default actions back, so they are blocked until they can be ignored.
+    """
+    try:
+        with anyio.open_signal_receiver(*_SIGNALS) as signals:
+            try:
+                yield signals
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _collect_garbage() -> None:
@@ -73,5 +91,6 @@ def _refuse_second_qemu(directory: VmDirectory) -> None:
     directory.leave_as_it_is()
     raise AlreadySupervised(
         f"a QEMU of this VM (pid {left.qemu.pid}) still runs, left by a supervisor that is gone",
-        hint=f"end it, and with it its passt, and start again: kill {left.qemu.pid}",
+        hint=f"power it down by its monitor {directory.socket_path('user-qmp.sock')}, "
+        f"or end it at once, and its passt with it: kill {left.qemu.pid}",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import signal
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,7 @@ class Vm:
         self.state = State.NEW
         self._directory = directory
         self._emit: Emit = partial(emit, vm=plan.name)
-        self._links = [Link(link, plan.passt_directory, self._emit) for link in plan.links]
+        self._links = [Link(link, plan.passt_directory, self._emit, self._note_loss) for link in plan.links]
         self._qemu: Qemu | None = None
         self._qmp: Qmp | None = None
         self._status: ExitStatus | None = None
@@ -69,6 +70,7 @@ class Vm:
         self._start_scope = anyio.CancelScope()
         self._start_settled = anyio.Event()
         self._machine = "unknown"
+        self._greeted = False
 
     # --- from outside ---------------------------------------------------------------------------------
 
@@ -171,6 +173,11 @@ class Vm:
         finally:
             self._start_settled.set()
 
+    def _note_loss(self, link: Link, status: ExitStatus) -> None:
+        if self.state in {State.LINKING, State.LAUNCHING, State.CONNECTING}:
+            self._error = link.explain(status)
+            self._post(Event.LINKS_FAILED)
+
     async def _spawn_qemu(self, tasks: TaskGroup) -> None:
         try:
             streams = [link.stream_fd for link in self._links]
@@ -213,6 +220,7 @@ class Vm:
 
         assert self._qemu is not None
         try:
+            self._greeted = await _has_spoken(self._qemu.monitor)
             self._qmp = qmp = await Qmp.connect(self._qemu.monitor, self.plan.name)
             tasks.start_soon(qmp.watch, self._note_qemu_event)
             self._machine = await self._machine_status()
@@ -243,8 +251,9 @@ class Vm:
     async def _power_down(self) -> None:
         try:
             assert self._qmp is not None
+            number = self._state_number
             if await self._machine_status() in _PAUSED:
-                self._post(Event.DEADLINE)
+                self._post(Event.DEADLINE, number)
                 return
             while self.state is State.POWERING_DOWN:
                 await self._qmp.execute("system_powerdown")
@@ -287,6 +296,7 @@ class Vm:
             signal=self._status.signal,
             stop_requested=self._stop_requested,
             shutdown_cause=self._shutdown_cause,
+            greeted=self._greeted,
         )
         if not verdict.failure:
             return Outcome(verdict.reason)
@@ -295,7 +305,7 @@ class Vm:
         ended_by_us = self._error is not None and self._status.exit_code in (0, None)
         return Outcome(
             Reason.FAILED if ended_by_us else verdict.reason,
-            self._error if ended_by_us else self._qemu.explain(self._status),
+            self._error if ended_by_us else self._qemu.explain(self._status, greeted=self._greeted),
         )
 
     async def _leave_nothing(self) -> None:
@@ -310,6 +320,15 @@ class Vm:
                 self._qemu.process.close()
             for link in self._links:
                 await link.release()
+
+
+async def _has_spoken(monitor: socket.socket) -> bool:
+    """Wait for the monitor's first byte; false if it hung up without one."""
+    await anyio.wait_readable(monitor)
+    try:
+        return bool(monitor.recv(1, socket.MSG_PEEK))
+    except ConnectionError:
+        return False
 
 
 def _first(group: BaseExceptionGroup[QrapdError]) -> QrapdError:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,9 @@ from qrapd.config import VmConfiguration, parse
 from qrapd.errors import ConfigurationError, Problem
 
 __all__ = ["directory", "find", "read"]
+
+SIZE_LIMIT = 1024 * 1024
+"""Bytes. The largest file that makes sense has a few thousand."""
 
 
 def directory(environment: Mapping[str, str], uid: int) -> Path:
@@ -42,16 +47,38 @@ def read(path: Path) -> VmConfiguration:
     :raise ConfigurationError: with all problems found; also when the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_regular(path).decode(
+            "utf-8-sig"
+        )  # a byte order mark is no part of TOML, and does no harm
+    except IsADirectoryError:
+        problem = Problem("", "is a directory", hint="name the file in it, or put a file in its place")
     except OSError as error:
-        raise ConfigurationError(
-            str(path), [Problem("", f"cannot be read: {error.strerror}", hint="check its mode and owner")]
-        ) from error
+        problem = Problem("", f"cannot be read: {error.strerror}", hint="check its mode and owner")
     except UnicodeDecodeError as error:
-        raise ConfigurationError(
-            str(path), [Problem("", f"is not UTF-8, as TOML must be (byte {error.start + 1})")]
-        ) from error
-    return parse(text, path)
+        problem = Problem("", f"is not UTF-8, as TOML must be (byte {error.start + 1})")
+    except ValueError as error:
+        problem = Problem("", str(error), hint="name a VM's file: see config/example.toml")
+    else:
+        return parse(text, path)
+    raise ConfigurationError(str(path), [problem])
+
+
+def _read_regular(path: Path) -> bytes:
+    """Read a file that is one: a pipe or a device might never end.
+
+    :raise ValueError: it is none, or far too large.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(fd, "rb") as file:  # noqa: PTH123 (a Path has no fd to open)
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError
+        if not stat.S_ISREG(mode):
+            raise ValueError("is not a regular file")
+        content = file.read(SIZE_LIMIT + 1)
+    if len(content) > SIZE_LIMIT:
+        raise ValueError(f"is larger than {SIZE_LIMIT} bytes, as no VM's file is")
+    return content
 
 
 def _is_missing(path: Path) -> bool:
