@@ -3,7 +3,7 @@
 # The doors to this repository. ARGS goes to the command behind a target: make test ARGS="-k link"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format lock schema bench-start bench-overhead clean
+.PHONY: help setup demo test test-slow test-all lint format lock schema bench-start bench-overhead bench-probe man clean
 
 BIN := .venv/bin
 # Tests that share something of the host name it with @pytest.mark.xdist_group, and then run one after the other.
@@ -47,6 +47,18 @@ bench-start: setup  ## measures from `qrapd run` to QEMU's start
 
 bench-overhead: setup  ## measures a boot under qrapd against one by a shell script
 	@$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+bench-probe: setup  ## measures qrap's search for a passt beside the C program's; as root
+	@$(BIN)/python benchmarks/probe.py $(ARGS)
+
+man: $(patsubst docs/man/%,build/man/man1/%.gz,$(wildcard docs/man/*.1))  ## checks and packs the man pages: man -M build/man qrap
+
+build/man/man1/%.gz: docs/man/%
+	@mkdir -p $(@D)
+	@if command -v groff >/dev/null; then complaints=$$(groff -man -t -Tutf8 -ww -z $< 2>&1); \
+		[ -z "$$complaints" ] || { printf '%s\n' "$$complaints" >&2; exit 1; }; fi
+	@gzip -9nc $< > $@.new
+	@mv $@.new $@
 
 clean:  ## removes what the targets made here, .venv included
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ def boot_by_script(guest: GuestImage) -> float:
             _SCRIPT.format(
                 passt=shlex.join(made.links[0].passt),
                 directory=shlex.quote(str(directory)),
-                qemu=shlex.join(_qemu_by_hand(made, directory)),
+                qemu=shlex.join(_qemu_by_hand(made, guest, directory)),
             )
         )
         with (
@@ -121,17 +121,21 @@ def _plan(directory: Path, guest: GuestImage) -> tuple[Plan, int]:
     """What qrapd would run, from a file that is written here, and the host's port that leads to the guest."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
-    args = [
-        *("-machine", "q35", "-m", "128M", "-no-reboot"),
-        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", guest.command_line),
-    ]
     file = directory / "vm.toml"
     # A JSON string is a TOML string, too.
-    file.write_text(_VM_FILE.format(args=json.dumps(args), port=port))
+    file.write_text(_VM_FILE.format(args=json.dumps(_arguments(guest)), port=port))
     return plan.resolve(vm_files.read(file)), port
 
 
-def _qemu_by_hand(made: Plan, directory: Path) -> list[str]:
+def _arguments(guest: GuestImage) -> list[str]:
+    """What QEMU gets on both sides."""
+    return [
+        *("-machine", "q35", "-m", "128M", "-no-reboot"),
+        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", guest.command_line),
+    ]
+
+
+def _qemu_by_hand(made: Plan, guest: GuestImage, directory: Path) -> list[str]:
     if "stream" not in binaries.qemu_netdevs(made.qemu):
         raise RunFailed(
             f"{made.qemu} has no -netdev stream, which the script needs: QEMU 7.2 is the first to have it"
@@ -140,8 +144,8 @@ def _qemu_by_hand(made: Plan, directory: Path) -> list[str]:
         *(made.qemu, "-accel", "kvm" if made.kvm else "tcg", "-display", "none"),
         *("-serial", f"file:{directory}/console"),
         *("-netdev", f"stream,id=net,server=off,addr.type=unix,addr.path={directory}/passt.sock"),
-        *("-device", f"{made.configuration.links[0].device},netdev=net,mac={made.links[0].mac}"),
-        *made.configuration.qemu.args,
+        *("-device", f"virtio-net-pci,netdev=net,mac={made.links[0].mac}"),
+        *_arguments(guest),
     ]
 
 

@@ -108,19 +108,24 @@ def fetch(port: int, path: str = "/", patience: float = PATIENCE) -> str:
 class Run:
     """A ``qrapd run`` as a process. Its events are read as they come; leaving it ends all that it started."""
 
-    file: Path
+    file: Path | None
     base: Path
     prefix: Sequence[str] = ()
     """what goes before ``qrapd``: Python with its ``-m``, behind whatever changes the user"""
     options: Sequence[str] = ("--log-format", "json")
+    wrap: Sequence[str] = ()
+    """for ``qrapd wrap`` instead of ``run FILE``: its options and arguments"""
+    pass_fds: Sequence[int] = ()
     events: list[dict[str, Any]] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)
     """lines of stderr that are no events"""
 
     def __enter__(self) -> Self:
-        command = [*(self.prefix or (sys.executable, "-m")), "qrapd", "run", str(self.file)]
+        command = [*(self.prefix or (sys.executable, "-m")), "qrapd", "run" if self.file else "wrap"]
+        options = ["--runtime-dir", str(self.base), *self.options]
         self.process = subprocess.Popen(
-            [*command, "--runtime-dir", str(self.base), *self.options],
+            [*command, *options, *([str(self.file)] if self.file else self.wrap)],
+            pass_fds=self.pass_fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

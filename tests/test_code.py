@@ -30,6 +30,7 @@ LAYERS = [
     ["link"],
     # one peer each
     ["passt", "probe", "qemu", "qmp", "stream"],
+    ["wrap"],
     # what is to be started here, and what was
     ["plan", "record", "vm_files"],
     # the operating system

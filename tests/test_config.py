@@ -78,9 +78,25 @@ def test_an_empty_link_is_a_link() -> None:
         "mac": None,
         "guest_addresses": [],
         "stall_timeout": 5,
+        "allow_uids": [],
         "passt_binary": "passt",
     } == link.model_dump(exclude={"passt"})
     assert set() == link.passt.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("source = 'probe'\n[link.passt]\ntcp_ports = [80]", "link[0].passt"),
+        ("source = '/tmp/p.sock'\npasst_binary = 'passt'", "link[0].passt_binary"),
+        ("allow_uids = [7]", "link[0].allow_uids"),
+    ],
+)
+def test_what_has_no_effect_is_told(text: str, key: str) -> None:
+    """A passt that is there already obeys no options; one of our own has no stranger's socket."""
+    with pytest.raises(ConfigurationError) as caught:
+        read(f"[[link]]\n{text}")
+    assert [key] == [problem.key for problem in caught.value.problems]
 
 
 def test_the_file_says_where_qemu_works() -> None:

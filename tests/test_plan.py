@@ -11,7 +11,7 @@ import pytest
 from qrapd import __version__, binaries
 from qrapd.config import VmConfiguration, parse
 from qrapd.errors import ConfigurationError, Problem, Unavailable
-from qrapd.plan import LinkPlan, Plan, resolve
+from qrapd.plan import LinkPlan, resolve
 from qrapd.qemu_arguments import Endpoints
 
 ALL_OPTIONS = (Path(__file__).parent / "data" / "passt-help-2023.txt").read_text()
@@ -56,8 +56,9 @@ def test_a_vm_without_links_needs_qemu_only(tmp_path: Path, program: Path) -> No
     """No passt is looked for."""
     vm = configuration(tmp_path, program)
     plan = resolve(vm)
-    assert Plan(vm, str(program), False, ()) == plan
-    assert ("web", tmp_path, tmp_path) == (plan.name, plan.directory, plan.passt_directory)
+    assert ("web", str(program), ()) == (plan.name, plan.qemu, plan.links)
+    assert (tmp_path, tmp_path) == (plan.directory, plan.passt_directory)
+    assert (60, 5, True, False) == (plan.powerdown_timeout, plan.quit_timeout, plan.console, plan.kvm)
 
 
 def test_each_link_has_a_passt(tmp_path: Path, program: Path, passt: Path) -> None:
@@ -67,14 +68,23 @@ def test_each_link_has_a_passt(tmp_path: Path, program: Path, passt: Path) -> No
         tmp_path, program, f"{link}tcp_ports = [80, '[::1]/22']\n{link}mtu = 1500\nno_ra = true"
     )
     assert (
-        LinkPlan(0, vm.mac(0), "managed", (str(passt), "--tcp-ports", "80", "--tcp-ports", "::1/22")),
-        LinkPlan(1, vm.mac(1), "managed", (str(passt), "--no-ra", "--mtu", "1500")),
+        LinkPlan(0, "managed", vm.mac(0), (str(passt), "--tcp-ports", "80", "--tcp-ports", "::1/22")),
+        LinkPlan(1, "managed", vm.mac(1), (str(passt), "--no-ra", "--mtu", "1500")),
     ) == resolve(vm).links
+
+
+def test_a_link_to_a_passt_that_is_there_already(tmp_path: Path, program: Path) -> None:
+    """No program is looked for; a path is relative to the file; the users who are trusted come along."""
+    text = "[[link]]\nsource = 'probe'\nallow_uids = [7]\n[[link]]\nsource = 'run/p.sock'"
+    assert (
+        LinkPlan(0, "probe", "", allowed_uids=frozenset({7})),
+        LinkPlan(1, str(tmp_path / "run/p.sock"), ""),
+    ) == resolve(configuration(tmp_path, program, text)).links
 
 
 def test_the_plan_makes_qemus_command_line(tmp_path: Path, program: Path) -> None:
     """With the program that was found."""
-    argv = resolve(configuration(tmp_path, program)).qemu_command_line(Endpoints(3, 4, 5, []))
+    argv = resolve(configuration(tmp_path, program)).command_line(Endpoints(3, 4, 5, []))
     assert [str(program), "-name", "guest=web", "-accel", "tcg"] == argv[:5]
 
 
@@ -128,8 +138,6 @@ def test_the_installed_programs_are_found(tmp_path: Path) -> None:
     [
         ("mode = 'vhost-user'", "link[1].mode", "'vhost-user'", "use mode = 'swap', the default"),
         ("mode = 'native'", "link[1].mode", "'native'", "use mode = 'swap', the default"),
-        ("source = 'probe'", "link[1].source", "'probe'", "use source = 'managed', the default"),
-        ("source = '/run/p.sock'", "link[1].source", "'/run/p.sock'", "use source = 'managed', the default"),
     ],
 )
 def test_a_link_that_this_version_cannot_make_is_refused(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qrapd.doctor import Finding
     from qrapd.logs import LogFormat, Logs
     from qrapd.plan import Plan
+    from qrapd.probe import Candidate
 
 __all__ = ["run_command_line"]
 
@@ -101,6 +102,19 @@ def _common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_allow_uid_option = click.option(
+    "--allow-uid",
+    type=click.IntRange(0, 2**32 - 2),
+    multiple=True,
+    metavar="UID",
+    help="Trust this user's sockets, too, beside those of oneself, root and passt. May be repeated.",
+)
+_pattern_option = click.option(
+    "--pattern",
+    default="/tmp/passt_{n}.socket",  # noqa: S108 (passt's own names)
+    show_default=True,
+    help="The sockets' paths, with {n} for the numbers 1 to 99.",
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -126,19 +140,7 @@ def run(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: s
 
     SIGTERM, or Ctrl-C, asks the guest to power down; a second one takes the next, rougher step.
     """
-    from qrapd.logs import JOURNAL_SOCKET, Logs
-
-    if log_format == "journal" and not JOURNAL_SOCKET.is_socket():
-        raise Unavailable(
-            f"there is no journal to write to: no socket {JOURNAL_SOCKET}",
-            hint="leave --log-format out, or choose json or console",
-        )
-    with Logs(log_format, log_level) as logs:
-        try:
-            plan = _plan(file)
-            return _supervise(plan, _base(runtime_dir), logs)
-        except QrapdError as error:
-            return _tell(error, logs)
+    return _run(lambda: _plan(file), runtime_dir, log_format, log_level)
 
 
 @main.command()
@@ -171,8 +173,10 @@ def plan(file: str, as_json: bool, **_: object) -> None:
     from qrapd.qemu_arguments import Endpoints
 
     made = _plan(file)
-    passts = [command_line(link.passt, f"LINK{link.index}_PASST_FD") for link in made.links]
-    qemu = made.qemu_command_line(Endpoints.placeholders(len(made.links)))
+    passts = [
+        command_line(link.passt, f"LINK{link.index}_PASST_FD") if link.passt else None for link in made.links
+    ]
+    qemu = made.command_line(Endpoints.placeholders(len(made.links)))
     if as_json:
         links = [
             {"index": link.index, "mac": link.mac, "source": link.source, "passt": argv}
@@ -183,7 +187,10 @@ def plan(file: str, as_json: bool, **_: object) -> None:
         )
         return
     for link, argv in zip(made.links, passts, strict=True):
-        click.echo(f"# link {link.index}, in {made.passt_directory}\n{_wrapped(argv)}\n")
+        if argv is None:
+            click.echo(f"# link {link.index}: a passt that is there already ({link.source})\n")
+        else:
+            click.echo(f"# link {link.index}, in {made.passt_directory}\n{_wrapped(argv)}\n")
     click.echo(f"# QEMU, in {made.directory}\n{_wrapped(qemu)}")
 
 
@@ -226,6 +233,84 @@ def demo(
     return show(stay=stay, port=port, base=runtime_dir, log_format=log_format, log_level=log_level)
 
 
+@main.command()
+@_pattern_option
+@click.option("--all", "ask_all", is_flag=True, help="Ask those, too, that a question may end (--one-off).")
+@_allow_uid_option
+@_json_option
+@_common_options
+def probe(pattern: str, ask_all: bool, allow_uid: tuple[int, ...], as_json: bool, **_: object) -> int:
+    """Say what each passt socket is: who listens, and whether it answers.
+
+    A passt that would end once its client leaves is only looked at, and so is one that has a client. Ends with 0 if
+    at least one could serve a VM, else with 69.
+    """
+    import anyio
+
+    from qrapd import probe as probing
+
+    found = anyio.run(
+        lambda: probing.look(
+            probing.default_paths(pattern), allowed_uids=frozenset(allow_uid), ask_all=ask_all
+        )
+    )
+    usable = {probing.State.ANSWERING, probing.State.FREE}
+    if as_json:
+        click.echo(json.dumps([_candidate_as_json(each) for each in found], indent=2))
+    else:
+        _show_candidates([each for each in found if each.state is not probing.State.ABSENT], pattern)
+    return ExitStatus.OK if any(each.state in usable for each in found) else ExitStatus.UNAVAILABLE
+
+
+@main.command(
+    context_settings={
+        # What is not ours is QEMU's, and QEMU has options such as -hda: no short ones of our own.
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": ["--help"],
+    }
+)
+@click.option(
+    "--powerdown-timeout",
+    type=click.FloatRange(0),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the guest to power down when the VM is stopped; then QEMU is told to quit.",
+)
+@_pattern_option
+@_allow_uid_option
+@_common_options
+@click.argument("arguments", metavar="[FDNUM QEMU_CMD] [QEMU_ARG]...", nargs=-1, type=click.UNPROCESSED)
+def wrap(
+    arguments: tuple[str, ...],
+    powerdown_timeout: float,
+    pattern: str,
+    allow_uid: tuple[int, ...],
+    runtime_dir: Path | None,
+    log_format: LogFormat,
+    log_level: str,
+) -> int:
+    """Run a qrap command line, but supervised: find a passt, hold its stream, stop in order, tell what happens.
+
+    Options of qrapd come first; what follows is as for qrap(1).
+    """
+
+    def make_plan() -> Plan:
+        from qrapd.wrap import plan_wrap
+
+        return plan_wrap(
+            arguments,
+            os.environ,
+            pattern=pattern,
+            allowed_uids=frozenset(allow_uid),
+            powerdown_timeout=powerdown_timeout,
+            quit_timeout=5,
+        )
+
+    return _run(make_plan, runtime_dir, log_format, log_level)
+
+
 # --- what the commands share --------------------------------------------------------------------------
 
 
@@ -234,6 +319,23 @@ def _plan(file: str) -> Plan:
 
     vms = vm_files.directory(os.environ, os.geteuid())
     return plan.resolve(vm_files.read(vm_files.find(file, vms)))
+
+
+def _run(
+    make_plan: Callable[[], Plan], runtime_dir: Path | None, log_format: LogFormat, log_level: str
+) -> int:
+    from qrapd.logs import JOURNAL_SOCKET, Logs
+
+    if log_format == "journal" and not JOURNAL_SOCKET.is_socket():
+        raise Unavailable(
+            f"there is no journal to write to: no socket {JOURNAL_SOCKET}",
+            hint="leave --log-format out, or choose json or console",
+        )
+    with Logs(log_format, log_level) as logs:
+        try:
+            return _supervise(make_plan(), _base(runtime_dir), logs)
+        except QrapdError as error:
+            return _tell(error, logs)
 
 
 def _base(runtime_dir: Path | None) -> Path:
@@ -280,6 +382,33 @@ def _show_findings(findings: list[Finding]) -> None:
         if finding.remedy:
             words.append(f"\n→ {finding.remedy}", style="bold")
         table.add_row(Text(finding.status, colours[finding.status]), Text(finding.subject), words)
+    Console().print(table)
+
+
+def _candidate_as_json(candidate: Candidate) -> dict[str, object]:
+    return {
+        "path": candidate.path,
+        "state": candidate.state.value,
+        "latency_ms": None if candidate.latency is None else round(candidate.latency * 1000, 3),
+        "pid": candidate.pid,
+        "uid": candidate.uid,
+        "one_off": candidate.one_off,
+        "detail": candidate.detail,
+    }
+
+
+def _show_candidates(found: list[Candidate], pattern: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not found:
+        click.echo(f"no sockets {pattern.format(n='*')}")
+        return
+    table = Table("socket", "state", "answered in", "pid", "user", "remark", box=None, pad_edge=False)
+    for each in found:
+        latency = "" if each.latency is None else f"{each.latency * 1000:.1f} ms"
+        numbers = ("" if number is None else str(number) for number in (each.pid, each.uid))
+        table.add_row(each.path, each.state.value, latency, *numbers, each.detail)
     Console().print(table)
 
 

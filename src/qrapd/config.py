@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -128,6 +128,10 @@ class Link(_Table):
     )
     stall_timeout: float = Field(
         5, ge=0, le=3600, description="seconds that passt may leave bytes unread; 0: never replaced for that"
+    )
+    allow_uids: list[Annotated[int, Field(ge=0, lt=2**32 - 1)]] = Field(
+        default=[],
+        description="users whose sockets are trusted, beside our own, root's and passt's, where source is not managed",
     )
     passt_binary: Text = Field("passt", min_length=1, description="a program on PATH, or a path")
     passt: PasstOptions = Field(
@@ -271,6 +275,7 @@ def _check_as_a_whole(data: dict[str, Any]) -> Iterator[Problem]:
             for forward in read_forwards(passt, f"link[{index}].passt")
         ),
         *_check_macs(tables),
+        *_check_unmanaged(tables),
     ]
     for problem in whole:
         yield replace(problem, value=_show(_look_up(_steps(problem.key), data)))
@@ -313,6 +318,21 @@ def _check_args(args: list[object], has_links: bool, accel: object) -> Iterator[
                 "would take QEMU out of qrapd's hands",
                 hint="remove it; to run in the background, run qrapd there (systemd, or your shell's &)",
             )
+
+
+def _check_unmanaged(links: Mapping[int, dict[str, Any]]) -> Iterator[Problem]:
+    """What only a passt of our own could obey, or only somebody else's could need."""
+    for index, link in links.items():
+        managed = link.get("source", "managed") == "managed"
+        for key in ("passt", "passt_binary") if not managed else ("allow_uids",):
+            if link.get(key):
+                yield Problem(
+                    f"link[{index}].{key}",
+                    "has no effect on a passt that qrapd starts itself"
+                    if managed
+                    else "has no effect on a passt that is there already",
+                    hint="remove it, or " + ("choose another `source`" if managed else "source"),
+                )
 
 
 def _check_macs(links: dict[int, dict[str, Any]]) -> Iterator[Problem]:

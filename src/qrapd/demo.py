@@ -168,7 +168,7 @@ class _Visit:
     def _tell_how_to_reach(self, say: Callable[[str, str], None]) -> None:
         say("staying", "until Ctrl-C, or until the guest powers off. Meanwhile, in another terminal:")
         say("", f"curl http://127.0.0.1:{self._port}/cgi-bin/state")
-        say("", f"cat {self._plan.configuration.path}   # the VM's file")
+        say("", f"cat {self._plan.passt_directory / 'demo.toml'}   # the VM's file")
 
     def _elapsed(self) -> str:
         return f"{time.monotonic() - self._started:.1f} s"

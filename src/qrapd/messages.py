@@ -47,6 +47,7 @@ EVENTS: Mapping[str, EventKind] = {
         "d06d72db6db547d9b8ae98214838fe0b",
         "connected to passt (pid {passt_pid}), generation {generation}",
     ),
+    "link.notice": EventKind("warning", "afe52fee1c72482881feba8a456308eb", "{notice}"),
     "link.lost": EventKind(
         "error",
         "e60a205da3a34172b3710169c93dfde0",

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qrapd import __version__, binaries
 from qrapd.config import Link, VmConfiguration, chooses_accelerator
 from qrapd.errors import ConfigurationError, Problem, Unavailable
-from qrapd.passt_options import check_against_help, command_line, read_help
-from qrapd.qemu_arguments import Endpoints
-from qrapd.qemu_arguments import command_line as qemu_command_line
+from qrapd.passt_options import check_against_help, read_help
+from qrapd.passt_options import command_line as passt_command_line
+from qrapd.qemu_arguments import Endpoints, command_line
 
 __all__ = ["LinkPlan", "Plan", "resolve"]
 
@@ -23,39 +24,40 @@ class LinkPlan:
     """How one link comes up."""
 
     index: int
-    mac: str
     source: str
-    passt: tuple[str, ...]
-    """program and options, without ``--foreground --fd N``"""
+    """``managed``, ``probe``, or the path of a passt's socket"""
+    mac: str
+    """the guest's, in whose name a managed passt is asked for a sign of life; \"\" where none is managed"""
+    passt: tuple[str, ...] = ()
+    """program and options of a managed passt, without ``--foreground --fd N``"""
+    allowed_uids: frozenset[int] = frozenset()
+    """users whose listeners are trusted beside our own, root's and passt's"""
+    pattern: str | None = None
+    """for ``probe``: the sockets' paths, with ``{n}`` for their numbers; None: passt's own names"""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one VM comes up on this host."""
 
-    configuration: VmConfiguration
+    name: str
     qemu: str
-    kvm: bool
+    """the program"""
+    command_line: Callable[[Endpoints], list[str]]
+    """QEMU's argv with these fds"""
+    directory: Path
+    """where QEMU works"""
+    passt_directory: Path
+    """where passt works: paths in its options are relative to the VM's file"""
     links: tuple[LinkPlan, ...]
-
-    @property
-    def name(self) -> str:
-        """The VM's name."""
-        return self.configuration.name
-
-    @property
-    def directory(self) -> Path:
-        """Where QEMU works."""
-        return self.configuration.directory
-
-    @property
-    def passt_directory(self) -> Path:
-        """Where passt works: paths in its options are relative to the file."""
-        return self.configuration.path.parent
-
-    def qemu_command_line(self, endpoints: Endpoints) -> list[str]:
-        """QEMU's argv with these fds."""
-        return qemu_command_line(self.configuration, self.qemu, kvm=self.kvm, endpoints=endpoints)
+    powerdown_timeout: float
+    quit_timeout: float
+    """seconds, as in the VM's file"""
+    console: bool = True
+    """whether the guest's first serial port is read"""
+    kvm: bool = False
+    inherited_fds: tuple[int, ...] = ()
+    """what QEMU gets beside what it needs"""
 
 
 def resolve(configuration: VmConfiguration) -> Plan:
@@ -67,11 +69,15 @@ def resolve(configuration: VmConfiguration) -> Plan:
     problems = [*_unsupported(configuration)]
     problems += _check_directory(configuration.directory)
     missing: dict[str, Unavailable] = {}
-    passts: list[str] = []
+    passts: list[str | None] = []
     for index, link in enumerate(configuration.links):
+        if link.source != "managed":
+            passts.append(None)
+            continue
         try:
-            passts.append(_find_binary(link.passt_binary, configuration))
-            problems += _lacking_options(index, link, passts[-1])
+            passt = _find_binary(link.passt_binary, configuration)
+            passts.append(passt)
+            problems += _lacking_options(index, link, passt)
         except Unavailable as error:
             missing[f"link[{index}].passt_binary"] = error
     try:
@@ -84,15 +90,30 @@ def resolve(configuration: VmConfiguration) -> Plan:
         raise ConfigurationError(str(configuration.path), problems)
     if missing:
         raise _together(missing.values())
+    kvm = _wants_kvm(configuration, qemu)
     return Plan(
-        configuration,
-        qemu,
-        _wants_kvm(configuration, qemu),
-        tuple(
-            LinkPlan(index, configuration.mac(index), link.source, (passt, *command_line(link.passt)))
-            for index, (link, passt) in enumerate(zip(configuration.links, passts, strict=True))
-        ),
+        name=configuration.name,
+        qemu=qemu,
+        command_line=partial(command_line, configuration, qemu, kvm=kvm),
+        directory=configuration.directory,
+        passt_directory=configuration.path.parent,
+        links=tuple(_plan_link(index, configuration, passt) for index, passt in enumerate(passts)),
+        powerdown_timeout=configuration.qemu.powerdown_timeout,
+        quit_timeout=configuration.qemu.quit_timeout,
+        console=configuration.qemu.console != "none",
+        kvm=kvm,
     )
+
+
+def _plan_link(index: int, configuration: VmConfiguration, passt: str | None) -> LinkPlan:
+    link = configuration.links[index]
+    if passt is None:
+        source = link.source
+        if "/" in source:
+            source = str(configuration.path.parent / source)
+        return LinkPlan(index, source, "", allowed_uids=frozenset(link.allow_uids))
+    options = passt_command_line(link.passt)
+    return LinkPlan(index, link.source, configuration.mac(index), (passt, *options))
 
 
 def _find_binary(name: str, configuration: VmConfiguration) -> str:
@@ -122,14 +143,13 @@ def _together(errors: Iterable[Unavailable]) -> Unavailable:
 def _unsupported(configuration: VmConfiguration) -> Iterator[Problem]:
     """What the file may say and this version cannot do yet: refused, never silently left out."""
     for index, link in enumerate(configuration.links):
-        for key, value, supported in (("mode", link.mode, "swap"), ("source", link.source, "managed")):
-            if value != supported:
-                yield Problem(
-                    f"link[{index}].{key}",
-                    f"is not supported by qrapd {__version__}",
-                    value=repr(value),
-                    hint=f"use {key} = '{supported}', the default",
-                )
+        if link.mode != "swap":
+            yield Problem(
+                f"link[{index}].mode",
+                f"is not supported by qrapd {__version__}",
+                value=repr(link.mode),
+                hint="use mode = 'swap', the default",
+            )
     if configuration.restart.policy != "never":
         yield Problem(
             "restart.policy",

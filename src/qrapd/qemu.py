@@ -32,12 +32,12 @@ _DRAIN_SECONDS = 1.0
 class Qemu:
     """A running QEMU. ``words`` holds the last lines that it wrote itself, ``monitor`` its QMP connection."""
 
-    def __init__(self, process: Process, monitor: socket.socket, console: socket.socket) -> None:
+    def __init__(self, process: Process, monitor: socket.socket, console: socket.socket | None) -> None:
         self.process = process
         self.monitor = monitor
         self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
         self._console = console
-        self._drained = [anyio.Event(), anyio.Event()]
+        self._drained: list[anyio.Event] = []
 
     @property
     def pid(self) -> int:
@@ -51,18 +51,18 @@ class Qemu:
         :raise Unavailable: the program cannot be run, or its sockets cannot be made.
         """
         with contextlib.ExitStack() as ours:
-            listeners = [
-                ours.enter_context(directory.listen(name))
-                for name in ("qmp.sock", "user-qmp.sock", "serial.sock")
-            ]
-            qmp, user_qmp, serial = (listener.fileno() for listener in listeners)
+            names = ("qmp.sock", "user-qmp.sock", *(("serial.sock",) if plan.console else ()))
+            listeners = [ours.enter_context(directory.listen(name)) for name in names]
+            qmp, user_qmp, *serial = (listener.fileno() for listener in listeners)
             with contextlib.ExitStack() as unless_started:
                 monitor = unless_started.enter_context(_connect(listeners[0]))
-                console = unless_started.enter_context(_connect(listeners[2]))
-                argv = plan.qemu_command_line(Endpoints(qmp, user_qmp, serial, streams))
+                console = unless_started.enter_context(_connect(listeners[2])) if plan.console else None
+                argv = plan.command_line(Endpoints(qmp, user_qmp, serial[0] if serial else None, streams))
                 try:
                     process = await spawn(
-                        argv, pass_fds=[qmp, user_qmp, serial, *streams], directory=plan.directory
+                        argv,
+                        pass_fds=[qmp, user_qmp, *serial, *streams, *plan.inherited_fds],
+                        directory=plan.directory,
                     )
                 except OSError as error:
                     raise cannot_run(argv[0], plan.directory, error) from error
@@ -78,10 +78,15 @@ class Qemu:
             self.words.append(line)
             tell(line)
 
-        tasks.start_soon(self._hand_on, self.process.output, remember, self._drained[0])
-        tasks.start_soon(self._hand_on, self._console.detach(), tell_console, self._drained[1])
+        self._hand_on(tasks, self.process.output, remember)
+        if self._console is not None:
+            self._hand_on(tasks, self._console.detach(), tell_console)
 
-    async def _hand_on(self, fd: int, tell: Callable[[str], None], drained: anyio.Event) -> None:
+    def _hand_on(self, tasks: TaskGroup, fd: int, tell: Callable[[str], None]) -> None:
+        self._drained.append(anyio.Event())
+        tasks.start_soon(self._drain, fd, tell, self._drained[-1])
+
+    async def _drain(self, fd: int, tell: Callable[[str], None], drained: anyio.Event) -> None:
         try:
             async for line in read_lines(fd):
                 tell(line)

@@ -38,7 +38,7 @@ class Endpoints:
 
 
 def command_line(
-    configuration: VmConfiguration, binary: str, *, kvm: bool, endpoints: Endpoints
+    configuration: VmConfiguration, binary: str, endpoints: Endpoints, *, kvm: bool
 ) -> list[str]:
     """The whole argv. ``kvm`` says what ``accel = "auto"`` comes to on this host."""
     return [

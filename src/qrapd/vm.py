@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from qrapd import record
-from qrapd.errors import QmpFailed, QrapdError
+from qrapd.errors import QmpFailed, QrapdError, Unavailable
 from qrapd.lifecycle import DEADLINES, Action, Deadline, Event, Reason, State, advance, judge_exit
 from qrapd.link import Link
 from qrapd.logs import Emit
@@ -145,9 +145,9 @@ class Vm:
             case Deadline.QMP:
                 return QMP_TIMEOUT
             case Deadline.POWERDOWN:
-                return self.plan.configuration.qemu.powerdown_timeout
+                return self.plan.powerdown_timeout
             case Deadline.QUIT:
-                return self.plan.configuration.qemu.quit_timeout
+                return self.plan.quit_timeout
 
     async def _expire(self, seconds: float, number: int) -> None:
         await anyio.sleep(seconds)
@@ -173,9 +173,9 @@ class Vm:
         finally:
             self._start_settled.set()
 
-    def _note_loss(self, link: Link, status: ExitStatus) -> None:
+    def _note_loss(self, error: Unavailable) -> None:
         if self.state in {State.LINKING, State.LAUNCHING, State.CONNECTING}:
-            self._error = link.explain(status)
+            self._error = error
             self._post(Event.LINKS_FAILED)
 
     async def _spawn_qemu(self, tasks: TaskGroup) -> None:
@@ -316,7 +316,7 @@ class Vm:
             if self._qemu is not None:
                 self._qemu.monitor.close()
                 if self._qemu.process.alive:
-                    self._status = await self._qemu.process.end(self.plan.configuration.qemu.quit_timeout)
+                    self._status = await self._qemu.process.end(self.plan.quit_timeout)
                 self._qemu.process.close()
             for link in self._links:
                 await link.release()

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One passt claimed: which one wins, how long those that are busy are waited for, and why there is none."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from qrapd import unix_sockets
+
+from .attempts import Attempts
+from .candidates import State, advise, default_paths, describe
+from .identity import identify, sort_passts
+from .looking import Entry
+from .trusted_users import default_uids
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qrapd.errors import Unavailable
+
+__all__ = ["LOOK_AGAIN", "PATIENCE", "RIVAL_PATIENCE", "Claim", "Claiming"]
+
+LOOK_AGAIN = 0.050
+"""Seconds between two looks at those put off: qrap.c."""
+
+PATIENCE = 2.5
+"""Seconds that those put off are looked at again: qrap.c, 50 times 50 ms."""
+
+RIVAL_PATIENCE = 10.0
+"""Seconds, at most, that patience grows to while rivals hold candidates."""
+
+
+class Claim(NamedTuple):
+    """A connected passt, with the answer to the probe still in the stream."""
+
+    socket: socket.socket
+    """In blocking mode, not inheritable; the caller's to close."""
+    path: str
+    pid: int | None
+    """passt's process, where it can be told."""
+
+
+class Claiming(Attempts):
+    """Claims one passt: :meth:`step` until it says that there is nothing to wait for."""
+
+    def __init__(
+        self,
+        paths: Sequence[str] | None,
+        allowed_uids: Collection[int] | None,
+        say: Callable[[str], None] | None,
+    ) -> None:
+        super().__init__(
+            default_paths() if paths is None else paths,
+            default_uids() if allowed_uids is None else default_uids() | frozenset(allowed_uids),
+            say,
+        )
+        self._started = time.monotonic()
+        self._patient_until = self._started + PATIENCE
+        self._look_at = 0.0
+
+    def step(self) -> float | None:
+        """Do what is due. Returns the seconds to wait at most, or None: :meth:`take` the winner.
+
+        :raise Unavailable: none of the candidates will do.
+        """
+        now = time.monotonic()
+        self._read_all()
+        self._deal_with_silent(now)
+        # One that may end is not left without knowing: its answer, if it comes, goes before the others'.
+        if self._answered and not self._fragile_under_way():
+            return None
+        if not self._answered:
+            if now >= self._look_at and self._some_put_off():
+                self._look()
+                self._look_at = now + LOOK_AGAIN
+                self._notice_rivals(now)
+            self._retry_locked(now)
+            self._begin_more(now)
+        nothing_left = not self._under_way and not any(each.ready for each in self._entries)
+        if nothing_left and not (self._some_busy() and now < self._patient_until):
+            raise self._failure()
+        return max(0.0, self._next(now) - now)
+
+    def take(self) -> Claim:
+        """The winner; all others are let go on leaving the context."""
+        winner = min(self._answered, key=lambda each: (not each.entry.identity.may_end, each.entry.index))
+        self._answered.remove(winner)
+        if winner.lock:
+            winner.lock.close()
+        winner.connection.setblocking(True)
+        return Claim(winner.connection, winner.entry.path, self._pid(winner.entry))
+
+    def _pid(self, entry: Entry) -> int | None:
+        """The winner's process now: it may have gone to the background, into another one, since it was looked for."""
+        pid = entry.candidate.pid
+        if pid and not unix_sockets.read_program(pid):
+            pid = identify(entry.sighting, sort_passts(unix_sockets.find_programs("passt"))).pid
+        return pid
+
+    def _some_put_off(self) -> bool:
+        return self._look_at == 0 or self._some_busy()
+
+    def _some_busy(self) -> bool:
+        return any(each.state is State.BUSY for each in self._entries)
+
+    def _notice_rivals(self, now: float) -> None:
+        """A passt that has a client may have it for a moment only: while another claim is asking it."""
+        files = [each.sighting.file for each in self._entries if each.state is State.BUSY]
+        if any(file is not None and unix_sockets.is_locked(file) for file in files):
+            self._has_rivals = True
+            self._be_patient(now)
+
+    def _be_patient(self, now: float) -> None:
+        limit = self._started + RIVAL_PATIENCE
+        self._patient_until = max(self._patient_until, min(now + PATIENCE, limit))
+
+    def _retry_locked(self, now: float) -> None:
+        for entry in self._entries:
+            if entry.locked_since is not None and entry.state is State.BUSY:
+                self._be_patient(now)
+                entry.ready = now >= entry.again
+
+    def _next(self, now: float) -> float:
+        moments = [attempt.due for attempt in self._under_way.values()]
+        if self._answered:
+            return min(moments)
+        if self._some_busy():
+            moments.append(self._look_at)
+        moments += [each.again for each in self._entries if each.again > now]
+        if any(each.ready for each in self._entries):
+            moments.append(self._widen_at if self._under_way else now)
+        return min(moments, default=now)
+
+    def _failure(self) -> Unavailable:
+        from qrapd.errors import Unavailable  # brings dataclasses in
+
+        found = [each.candidate for each in self._entries if each.state is not State.ABSENT]
+        paths = [each.path for each in self._entries]
+        if not found:
+            span = (
+                paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}" if paths else "no path at all"
+            )
+            return Unavailable(
+                f"no passt to be found: nothing is at {span}",
+                hint="start one: passt (it says on which socket it listens)",
+            )
+        lines = "; ".join(f"{each.path}: {describe(each)}" for each in found)
+        return Unavailable(f"no passt could be claimed. {lines}", hint=advise(found))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Candidates looked at without being touched: who listens, whether that may be asked, and what asking may end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from qrapd import unix_sockets
+from qrapd.unix_sockets import Kind, Program, Sighting
+
+from .candidates import Candidate, State
+from .identity import UNKNOWN, Passts, identify, sort_passts
+
+__all__ = ["Entry", "Lookout"]
+
+_SETTLED = 0.1
+"""Seconds after which a passt that has made its socket has also forked, if it does."""
+
+_SCAN_LASTS = 1.0
+"""Seconds. See _all_passts."""
+
+_PLAIN = {
+    Kind.ABSENT: State.ABSENT,
+    Kind.OTHER: State.ABSENT,
+    Kind.STALE: State.REFUSED,
+    Kind.DENIED: State.DENIED,
+}
+
+
+class Entry:
+    """A path, and how far it has come."""
+
+    def __init__(self, index: int, path: str) -> None:
+        self.index = index
+        self.path = path
+        self.state = State.ABSENT
+        self.detail = ""
+        self.settled = False  # for good: neither asked nor looked at again
+        self.ready = False  # to be asked
+        self.sighting = Sighting(path, Kind.ABSENT)
+        self.identity = UNKNOWN
+        self.uid: int | None = None
+        self.pid: int | None = None
+        self.latency: float | None = None
+        self.again = 0.0  # when a candidate that a rival had locked may be tried again
+        self.locked_since: float | None = None
+
+    def become(self, state: State, detail: str = "", *, settled: bool = False) -> None:
+        """Note what it was found to be; it is not to be asked, then."""
+        self.state, self.detail, self.settled, self.ready = state, detail, settled, False
+
+    @property
+    def candidate(self) -> Candidate:
+        """What is known by now."""
+        pid = self.identity.pid or self.pid
+        return Candidate(
+            self.path, self.state, self.latency, pid, self.uid, self.identity.one_off, self.detail
+        )
+
+
+class Lookout:
+    """Looks at entries and judges them."""
+
+    def __init__(self, allowed: Collection[int], say: Callable[[str], None]) -> None:
+        self.allowed = allowed
+        self._say = say
+        self._inquired: set[int] = set()  # inodes of listeners whose holders were searched for
+
+    def look(self, entries: Sequence[Entry]) -> None:
+        """See what has become of ``entries``, none of which is settled or under way."""
+        novel = []
+        for entry, sighting in zip(
+            entries, unix_sockets.look_at([each.path for each in entries]), strict=True
+        ):
+            if (sighting.inode, sighting.file) != (entry.sighting.inode, entry.sighting.file):
+                entry.identity = UNKNOWN
+                entry.locked_since = None
+                if sighting.kind in {Kind.LISTENING, Kind.HIDDEN}:
+                    novel.append(entry)
+            entry.sighting = sighting
+        if novel:
+            passts = _all_passts(max(each.sighting.made or 0.0 for each in novel))
+            for entry in novel:
+                entry.identity = identify(entry.sighting, passts)
+        self.search_holders(
+            [each for each in novel if each.identity.may_be_vhost_user and not each.identity.certain]
+        )
+        for entry in entries:
+            self._judge(entry)
+
+    def _judge(self, entry: Entry) -> None:
+        sighting = entry.sighting
+        entry.uid = sighting.uid if sighting.uid is not None else sighting.owner
+        entry.ready = False
+        if sighting.kind not in {Kind.LISTENING, Kind.HIDDEN}:
+            entry.become(_PLAIN[sighting.kind])
+        elif entry.uid not in self.allowed:
+            self.refuse(entry)
+        elif entry.identity.may_be_vhost_user:
+            word = "is" if entry.identity.pid else "may be"
+            entry.become(State.VHOST_USER, f"{word} a passt with --vhost-user", settled=True)
+        elif sighting.connected:
+            entry.become(State.BUSY, "has a client")
+        elif sighting.waiting:
+            entry.become(State.BUSY, "has not accepted the last connection yet")
+        else:
+            entry.become(State.FREE)
+            entry.ready = True
+
+    def refuse(self, entry: Entry) -> None:
+        """Have nothing to do with a listener of a user who is not allowed, and say so."""
+        entry.become(State.FOREIGN, f"belongs to user {entry.uid}", settled=True)
+        self._say(
+            f"{entry.path}: refused, as user {entry.uid} listens there; to trust that user: --allow-uid {entry.uid}"
+        )
+
+    def search_holders(self, entries: Collection[Entry]) -> None:
+        """Read processes' fds, once, for those that no command line could tell."""
+        inodes = {each.sighting.inode: each for each in entries if each.sighting.inode is not None}
+        missing = [inode for inode in inodes if inode is not None and inode not in self._inquired]
+        if not missing:
+            return
+        self._inquired.update(missing)
+        holders: Mapping[int, Program] = unix_sockets.find_holders(missing)
+        for inode, holder in holders.items():
+            inodes[inode].identity = identify(inodes[inode].sighting, Passts({}, []), holder)
+            if inodes[inode].identity.may_be_vhost_user:
+                inodes[inode].become(State.VHOST_USER, "is a passt with --vhost-user", settled=True)
+
+
+_scan = (Passts({}, []), 0.0, 0.0)
+
+
+def _all_passts(made: float) -> Passts:
+    """All passts that listened by the time ``made``. Claims of one process share a scan while it says as much."""
+    global _scan
+    passts, on_clock, monotonic = _scan
+    # A passt forks right after it has made its socket: just before that, a scan knows a pid that is soon gone.
+    if made + _SETTLED > on_clock or monotonic + _SCAN_LASTS < time.monotonic():
+        on_clock, monotonic = time.time(), time.monotonic()
+        passts = sort_passts(unix_sockets.find_programs("passt"))
+        _scan = passts, on_clock, monotonic
+    return passts
