@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Many qraps started at once against as many real passts, in /tmp as they would be, and what comes of it.
+"""Many qraps, and some wraps, started at once against as many real passts in /tmp, and what comes of it.
 
 A process by itself, in mount and pid namespaces of its own, so that no other passt and no other test is in its way:
-``qrap_herd.py COUNT [PASST_OPTION]...`` writes a :class:`Herd` as JSON to stdout.
+``qrap_herd.py PERSISTENT ONE_OFF WRAPS`` writes a :class:`Herd` as JSON to stdout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +24,24 @@ from qrapd.unix_sockets import Kind, look_at
 
 QRAP = [sys.executable, "-P", "-m", "qrapd.qrap"]
 
+# `qrapd wrap` imports for longer than a herd of qraps needs to connect. So that it is among them, not behind them, it
+# starts with that done.
+WRAP_PROGRAM = """
+import sys
+import qrapd.__main__, qrapd.cli, qrapd.logs, qrapd.probe, qrapd.supervisor, qrapd.wrap
+print("waiting", flush=True)
+sys.stdin.read()
+qrapd.__main__.main()
+"""
+WRAP = [sys.executable, "-P", "-c", WRAP_PROGRAM, "wrap", "--runtime-dir", "/tmp/run", "--log-format", "json"]
+WRAP += ["--powerdown-timeout", "0", "5", "qemu-system-x86_64"]
+WRAP += ["-machine", "q35", "-accel", "tcg", "-m", "32M", "-display", "none", "-S"]
+WRAP += ["-netdev", "socket,fd=5,id=n0", "-device", "virtio-net-pci,netdev=n0"]
+
 LIMIT = 60.0
 """seconds that anything may take: a hundred times what most does"""
 
-# In QEMU's place: says whose stream it has got, and once all have one, whether it still works.
+# In QEMU's place under qrap: says whose stream it has got, and once all have one, whether it still works.
 QEMU = r"""
 import socket, struct, sys
 stream = socket.socket(fileno=5)
@@ -48,19 +62,24 @@ class Herd:
     passts: dict[str, int]
     """pid of each by the path of its socket"""
     streams: list[tuple[str, str, int]]
-    """of each qrap that came through: the path that it told, the one of the stream's other end, and that one's pid"""
+    """of each that came through: the path that it told, the one of the stream's other end, and that one's pid"""
     working: int
-    """streams on which passt answers after all have been connected"""
+    """streams of qraps on which passt answers after all have been connected"""
     failures: list[str]
     """what the others said"""
     alive: int
-    """passts that ran when all were connected"""
+    """passts that ran, and had one client each, when all were connected"""
+    statuses: list[int]
+    """how the wraps ended on SIGTERM"""
     seconds: float
     """from the common start to the last connected one"""
 
 
-def run_herd(count: int, *options: str) -> Herd:
-    """Start ``count`` passts with these options, and as many qraps, in new namespaces."""
+def run_herd(persistent: int, one_off: int, *, wraps: int = 0) -> Herd:
+    """Start that many passts of both kinds, and as many that want one, in new namespaces.
+
+    :param wraps: how many of those are a `qrapd wrap` with a real QEMU; the others are qraps.
+    """
     unshare = [
         "unshare",
         "--mount",
@@ -74,7 +93,7 @@ def run_herd(count: int, *options: str) -> Herd:
     if os.geteuid() != 0:
         unshare.append("--map-root-user")
     done = subprocess.run(
-        [*unshare, sys.executable, str(Path(__file__).resolve()), str(count), *options],
+        [*unshare, sys.executable, str(Path(__file__).resolve()), str(persistent), str(one_off), str(wraps)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -91,12 +110,16 @@ def run_herd(count: int, *options: str) -> Herd:
 
 
 @contextmanager
-def passts(count: int, options: Sequence[str]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def passts(persistent: int, one_off: int) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Real ones, on the first names, that are through with their preparations; by path."""
+    count = persistent + one_off
     with ExitStack() as stack:
         started = {}
-        for path in [f"/tmp/passt_{n}.socket" for n in range(1, count + 1)]:
-            command = ["passt", "--foreground", "-t", "none", "-u", "none", *options, "--socket", path]
+        for n in range(1, count + 1):
+            path = f"/tmp/passt_{n}.socket"
+            command = ["passt", "--foreground", "-t", "none", "-u", "none", "--socket", path]
+            if n * one_off // count > (n - 1) * one_off // count:  # spread evenly
+                command.append("--one-off")
             with Path(path + ".log").open("wb") as log:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             stack.callback(process.wait)
@@ -119,41 +142,62 @@ def serves(passt: subprocess.Popen[bytes], path: str) -> bool:
     return "Seccomp:\t2" in Path(f"/proc/{passt.pid}/status").read_text()
 
 
-def watch(count: int, options: Sequence[str]) -> Herd:
-    """Let the qraps go all at once, and ask each what it has got."""
-    with passts(count, options) as servers, ExitStack() as stack:
+def watch(persistent: int, one_off: int, wraps: int) -> Herd:
+    """Let all go at once, and ask each what it has got."""
+    with passts(persistent, one_off) as servers, ExitStack() as stack:
         start, go, whole = os.pipe(), os.pipe(), sign_of_life_request(b"\x52\x54\x00\x12\x34\x56").hex()
         qemu = [Path(sys.executable).name, "-I", "-S", "-c", QEMU, whole]
         # Both pipes only ever end: the first when all are to start, the second when all are connected.
         script = f'read -r _; exec 0<&{go[0]} {go[0]}<&-; exec "$@"'
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        herd = []
-        for _ in range(count):
+
+        def start_one(*command: str, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[str]:
             process = subprocess.Popen(
-                ["sh", "-c", script, "sh", *QRAP, "5", *qemu],
+                command,
                 stdin=start[0],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=[go[0]],
+                pass_fds=pass_fds,
                 env=environment,
                 text=True,
             )
-            stack.callback(process.communicate)
+            # Not communicate(): who is killed may leave a QEMU that holds the pipe; it ends with the namespace.
+            stack.enter_context(process)
             stack.callback(process.kill)
-            herd.append(process)
+            return process
+
+        wrapped = [start_one(*WRAP) for _ in range(wraps)]
+        for process in wrapped:
+            assert process.stdout
+            process.stdout.readline()
+        herd = [
+            start_one("sh", "-c", script, "sh", *QRAP, "5", *qemu, pass_fds=(go[0],))
+            for _ in range(len(servers) - wraps)
+        ]
         begun = time.monotonic()
         os.close(start[1])
         said = [read_report(process.stdout) for process in herd if process.stdout]
+        paths = {process.pid: path for path, process in servers.items()}
+        said += [read_events(process.stdout, paths) for process in wrapped if process.stdout]
         seconds = time.monotonic() - begun
-        alive = sum(each.poll() is None for each in servers.values())
+        running = [path for path, process in servers.items() if process.poll() is None]
+        alive = sum(seen.connected == 1 and seen.waiting == 0 for seen in look_at(running))
         os.close(go[1])
         working = sum(int(process.communicate(timeout=LIMIT)[0].strip() or 0) > 0 for process in herd)
+        for process in wrapped:
+            process.terminate()
+        failures = [each for each in said if isinstance(each, str)]
+        for process in wrapped:
+            rest = process.communicate(timeout=LIMIT)[0]
+            if process.returncode:
+                failures.append(rest)
     return Herd(
         {path: each.pid for path, each in servers.items()},
         [each for each in said if not isinstance(each, str)],
         working,
-        [each for each in said if isinstance(each, str)],
+        failures,
         alive,
+        [process.returncode for process in wrapped],
         seconds,
     )
 
@@ -173,6 +217,22 @@ def read_report(output: IO[str]) -> tuple[str, str, int] | str:
     return told + report + output.read()
 
 
+def read_events(output: IO[str], paths: Mapping[int, str]) -> tuple[str, str, int] | str:
+    """What a wrap told until its machine was ready, or all that it ever said; ``paths`` are the passts' by pid."""
+    told, connected = "", None
+    for line in output:
+        told += line
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break  # not an event: a traceback
+        if event["event"] == "link.connected":
+            connected = event["socket"], paths.get(event["passt_pid"], ""), event["passt_pid"]
+        elif event["event"] == "vm.ready" and connected:
+            return connected
+    return told + output.read()
+
+
 if __name__ == "__main__":
     make_private_tmp()
-    json.dump(asdict(watch(int(sys.argv[1]), sys.argv[2:])), sys.stdout)
+    json.dump(asdict(watch(*map(int, sys.argv[1:]))), sys.stdout)

@@ -90,10 +90,12 @@ def test_an_empty_link_is_a_link() -> None:
         ("source = 'probe'\n[link.passt]\ntcp_ports = [80]", "link[0].passt"),
         ("source = '/tmp/p.sock'\npasst_binary = 'passt'", "link[0].passt_binary"),
         ("allow_uids = [7]", "link[0].allow_uids"),
+        ("source = 'a/p.sock'\n[[link]]\nsource = 'a/p.sock'", "link[1].source"),
+        ("source = '~/p.sock'", "link[0].source"),
     ],
 )
 def test_what_has_no_effect_is_told(text: str, key: str) -> None:
-    """A passt that is there already obeys no options; one of our own has no stranger's socket."""
+    """A passt that is there already obeys no options, and serves one NIC; one of our own has no stranger's socket."""
     with pytest.raises(ConfigurationError) as caught:
         read(f"[[link]]\n{text}")
     assert [key] == [problem.key for problem in caught.value.problems]

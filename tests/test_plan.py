@@ -82,6 +82,15 @@ def test_a_link_to_a_passt_that_is_there_already(tmp_path: Path, program: Path) 
     ) == resolve(configuration(tmp_path, program, text)).links
 
 
+def test_a_socket_with_a_path_that_is_too_long(tmp_path: Path, program: Path) -> None:
+    """Told before anything starts, with both numbers."""
+    (problem,) = problems_of(configuration(tmp_path, program, f"[[link]]\nsource = '/{'x' * 107}'"))
+    assert ("link[0].source", True) == (
+        problem.key,
+        "108 bytes, and a socket's path may have 107" in problem.reason,
+    )
+
+
 def test_the_plan_makes_qemus_command_line(tmp_path: Path, program: Path) -> None:
     """With the program that was found."""
     argv = resolve(configuration(tmp_path, program)).command_line(Endpoints(3, 4, 5, []))

@@ -137,6 +137,24 @@ def test_wrap_of_a_command_line_without_the_stream(place: Path) -> None:
         run.assert_nothing_left()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "what is to be run is missing"),
+        (["5", "no-such-qemu", "-m", "1G"], "no-such-qemu is no program in a directory of PATH"),
+        (["5", "/usr/bin/qemu-system-x86_64", "-m", "1G"], "/usr/bin/qemu-system-x86_64 is no program"),
+        (["--pattern", "", "5", "qemu-system-x86_64"], "is empty"),
+    ],
+)
+def test_a_wrong_command_line(place: Path, arguments: list[str], words: str) -> None:
+    """The mistakes that a newcomer makes: status 2, and what is meant instead; no passt is asked."""
+    with Run(None, place / "run", wrap=arguments, options=["--log-format", "console"]) as run:
+        assert 2 == run.wait()
+        assert any(words in line for line in run.stray), run.stray
+        assert not any("Traceback" in line for line in run.stray)
+        run.assert_nothing_left()
+
+
 @pytest.mark.guest
 def test_a_link_on_a_socket(guest: GuestImage, place: Path, sockets: Path) -> None:
     """`source` names a socket: the guest has its network, and a passt that dies is told as a hang-up."""

@@ -109,8 +109,17 @@ _allow_uid_option = click.option(
     metavar="UID",
     help="Trust this user's sockets, too, beside those of oneself, root and passt. May be repeated.",
 )
+
+
+def _check_pattern(_context: click.Context, _option: click.Parameter, pattern: str) -> str:
+    if not pattern:
+        raise click.BadParameter("is empty; write a path, with {n} for the sockets' numbers")
+    return pattern
+
+
 _pattern_option = click.option(
     "--pattern",
+    callback=_check_pattern,
     default="/tmp/passt_{n}.socket",  # noqa: S108 (passt's own names)
     show_default=True,
     help="The sockets' paths, with {n} for the numbers 1 to 99.",
@@ -293,7 +302,10 @@ def wrap(
 ) -> int:
     """Run a qrap command line, but supervised: find a passt, hold its stream, stop in order, tell what happens.
 
-    Options of qrapd come first; what follows is as for qrap(1).
+    Options of qrapd come first; what follows is as for qrap(1):
+
+    \b
+    qrapd wrap 5 qemu-system-x86_64 -m 1G -netdev socket,fd=5,id=n0 -device virtio-net-pci,netdev=n0
     """
 
     def make_plan() -> Plan:
@@ -402,14 +414,16 @@ def _show_candidates(found: list[Candidate], pattern: str) -> None:
     from rich.table import Table
 
     if not found:
-        click.echo(f"no sockets {pattern.format(n='*')}")
+        click.echo(f"no sockets {pattern.replace('{n}', '*')}")
         return
     table = Table("socket", "state", "answered in", "pid", "user", "remark", box=None, pad_edge=False)
     for each in found:
         latency = "" if each.latency is None else f"{each.latency * 1000:.1f} ms"
         numbers = ("" if number is None else str(number) for number in (each.pid, each.uid))
         table.add_row(each.path, each.state.value, latency, *numbers, each.detail)
-    Console().print(table)
+    console = Console()
+    # Whoever searches the lines of a pipe wants them whole.
+    console.print(table, width=None if console.is_terminal else 1000)
 
 
 # --- errors -------------------------------------------------------------------------------------------

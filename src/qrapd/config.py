@@ -68,6 +68,8 @@ def _check_device(text: str) -> str:
 def _check_source(text: str) -> str:
     if text not in ("managed", "probe") and "/" not in text:
         raise ValueError("is neither managed nor probe nor a socket's path; a path has a slash in it")
+    if text.startswith("~"):
+        raise ValueError("begins with ~, which only a shell understands; write the whole path")
     return text
 
 
@@ -322,8 +324,19 @@ def _check_args(args: list[object], has_links: bool, accel: object) -> Iterator[
 
 def _check_unmanaged(links: Mapping[int, dict[str, Any]]) -> Iterator[Problem]:
     """What only a passt of our own could obey, or only somebody else's could need."""
+    sockets: dict[str, int] = {}
     for index, link in links.items():
-        managed = link.get("source", "managed") == "managed"
+        source = link.get("source", "managed")
+        managed = source == "managed"
+        if isinstance(source, str) and "/" in source:
+            first = sockets.setdefault(source, index)
+            if first != index:
+                yield Problem(
+                    f"link[{index}].source",
+                    f"is that of link[{first}] too, and each passt serves one NIC",
+                    value=toml_text(source),
+                    hint="start a passt for each link, on a socket of its own",
+                )
         for key in ("passt", "passt_binary") if not managed else ("allow_uids",):
             if link.get(key):
                 yield Problem(

@@ -109,7 +109,7 @@ class Link:
         )
         self._stream = HeldStream(found.socket)
         self._be_up(passt_pid=found.pid, path=found.path)
-        tasks.start_soon(self._watch_stream, self._stream)
+        tasks.start_soon(self._watch_stream, self._stream, found.path)
 
     def _be_up(self, *, passt_pid: int | None, path: str | None = None) -> None:
         self.state = LinkState.UP
@@ -129,10 +129,14 @@ class Link:
         self._emit("passt.exited", pid=passt.pid, **status.fields)
         self._be_lost("exited", passt.explain_end(status))
 
-    async def _watch_stream(self, stream: HeldStream) -> None:
+    async def _watch_stream(self, stream: HeldStream, path: str) -> None:
         with self._watching:
             await stream.wait_until_hung_up()
-            self._be_lost("hangup", Unavailable(f"passt ({self.plan.source}) hung up"))
+            gone = Unavailable(
+                f"the passt at {path} hung up before the VM was ready",
+                hint="see why it ended, in its own log; `qrapd probe` says what listens now",
+            )
+            self._be_lost("hangup", gone)
 
     def _be_lost(self, reason: str, error: Unavailable) -> None:
         self.state = LinkState.LOST

@@ -15,6 +15,7 @@ from qrapd.errors import ConfigurationError, Problem, Unavailable
 from qrapd.passt_options import check_against_help, read_help
 from qrapd.passt_options import command_line as passt_command_line
 from qrapd.qemu_arguments import Endpoints, command_line
+from qrapd.runtime_directory import SUN_PATH_MAX
 
 __all__ = ["LinkPlan", "Plan", "resolve"]
 
@@ -58,6 +59,8 @@ class Plan:
     kvm: bool = False
     inherited_fds: tuple[int, ...] = ()
     """what QEMU gets beside what it needs"""
+    advice: str = "see the line that was run with `qrapd plan`"
+    """what to do when QEMU fails for no reason that is known"""
 
 
 def resolve(configuration: VmConfiguration) -> Plan:
@@ -66,7 +69,7 @@ def resolve(configuration: VmConfiguration) -> Plan:
     :raise ConfigurationError: the file asks for what this qrapd or this passt cannot do.
     :raise Unavailable: a program or the working directory is not there.
     """
-    problems = [*_unsupported(configuration)]
+    problems = [*_unsupported(configuration), *_check_sockets(configuration)]
     problems += _check_directory(configuration.directory)
     missing: dict[str, Unavailable] = {}
     passts: list[str | None] = []
@@ -119,6 +122,19 @@ def _plan_link(index: int, configuration: VmConfiguration, passt: str | None) ->
 def _find_binary(name: str, configuration: VmConfiguration) -> str:
     """A name is looked up on PATH; a path is relative to the file, as all are."""
     return binaries.find_binary(str(configuration.path.parent / name) if "/" in name else name)
+
+
+def _check_sockets(configuration: VmConfiguration) -> Iterator[Problem]:
+    for index, link in enumerate(configuration.links):
+        path = configuration.path.parent / link.source
+        length = len(os.fsencode(path))
+        if "/" in link.source and length > SUN_PATH_MAX:
+            yield Problem(
+                f"link[{index}].source",
+                f"is a path of {length} bytes, and a socket's path may have {SUN_PATH_MAX}",
+                value=repr(str(path)),
+                hint="let passt listen in a place with a shorter name, or link that place from one",
+            )
 
 
 def _check_directory(directory: Path) -> Iterator[Problem]:

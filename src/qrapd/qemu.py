@@ -11,6 +11,7 @@ import collections
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import anyio
 from anyio.abc import TaskGroup
@@ -32,11 +33,14 @@ _DRAIN_SECONDS = 1.0
 class Qemu:
     """A running QEMU. ``words`` holds the last lines that it wrote itself, ``monitor`` its QMP connection."""
 
-    def __init__(self, process: Process, monitor: socket.socket, console: socket.socket | None) -> None:
+    def __init__(
+        self, plan: Plan, process: Process, monitor: socket.socket, console: socket.socket | None
+    ) -> None:
         self.process = process
         self.monitor = monitor
         self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
         self._console = console
+        self._plan = plan
         self._drained: list[anyio.Event] = []
 
     @property
@@ -67,7 +71,7 @@ class Qemu:
                 except OSError as error:
                     raise cannot_run(argv[0], plan.directory, error) from error
                 unless_started.pop_all()
-        return cls(process, monitor, console)
+        return cls(plan, process, monitor, console)
 
     def listen(
         self, tasks: TaskGroup, tell: Callable[[str], None], tell_console: Callable[[str], None]
@@ -106,7 +110,10 @@ class Qemu:
         words = " / ".join(list(self.words)[-3:])
         when = "" if greeted or status.exit_code != 0 else " before its monitor said a word"
         said = f". It wrote: {words}" if words else " and wrote nothing"
-        return QemuFailed(f"QEMU (pid {self.pid}) ended{when}: {status}{said}", hint=_suggest(words, status))
+        return QemuFailed(
+            f"QEMU (pid {self.pid}) ended{when}: {status}{said}",
+            hint=_suggest(words, status, self._plan) or self._plan.advice,
+        )
 
 
 def _connect(listener: socket.socket) -> socket.socket:
@@ -116,15 +123,15 @@ def _connect(listener: socket.socket) -> socket.socket:
     return connection
 
 
-def _suggest(words: str, status: ExitStatus) -> str | None:
+def _suggest(words: str, status: ExitStatus, plan: Plan) -> str | None:
+    # QEMU begins its lines with its own name, which may be `kvm`.
+    words = words.replace(f"{Path(plan.qemu).name}: ", "")
     if "No such file" in words or "could not load kernel" in words or "Could not open" in words:
-        return (
-            "correct the path in `args`: relative ones start at the VM's `directory`, by default the file's"
-        )
+        return f"correct the path in QEMU's arguments: relative ones start at {plan.directory}"
     if "lock" in words:
         return "another QEMU has this disk open: see who it is with `fuser -v FILE`"
     if "KVM" in words or "kvm" in words:
-        return "set accel = 'tcg', or see what is in KVM's way with `qrapd doctor`"
+        return "see what is in KVM's way with `qrapd doctor`, or let QEMU emulate the processor (tcg)"
     if status.signal is not None:
         return "see `journalctl -k` for the kernel's reason (out of memory?), or who sent the signal"
-    return "see the line that was run with `qrapd plan`"
+    return None

@@ -62,6 +62,8 @@ def _claim() -> tuple[socket.socket, str]:
 
     try:
         return claim_blocking(say=_say)
+    except OSError as error:  # too many open files, for one
+        _say(f"socket: {error.strerror}")
     except Exception as error:
         from qrapd.errors import QrapdError
 

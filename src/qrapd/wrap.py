@@ -12,10 +12,12 @@ from pathlib import Path
 from qrapd import binaries
 from qrapd.errors import Unavailable, UsageError
 from qrapd.plan import LinkPlan, Plan
-from qrapd.qrap_arguments import Explicit, NoFreeAddress, Patched, qemu_names, read_command_line
+from qrapd.qrap_arguments import Explicit, NoFreeAddress, Patched, qemu_names, read_command_line, strtol
 from qrapd.wrap_arguments import wrap
 
 __all__ = ["plan_wrap"]
+
+_FIRST_FREE_FD = 3
 
 
 def plan_wrap(
@@ -34,6 +36,11 @@ def plan_wrap(
     :raise UsageError: nothing in the command line takes the stream.
     :raise Unavailable: there is no QEMU.
     """
+    if not arguments:
+        raise UsageError(
+            "what is to be run is missing",
+            hint="qrapd wrap 5 qemu-system-x86_64 ... -netdev socket,fd=5,id=n0 -device virtio-net-pci,netdev=n0",
+        )
     try:
         wanted = read_command_line(arguments, environment.get("PATH"), _is_executable)
     except NoFreeAddress:
@@ -41,9 +48,15 @@ def plan_wrap(
             "every address at which this machine could have a network device is taken",
             hint="remove a -device, or name the network yourself: qrapd wrap FDNUM QEMU_CMD ...",
         ) from None
+    if isinstance(wanted, Patched) and strtol(arguments[0], 0)[0] >= _FIRST_FREE_FD:
+        # qrap hands the number to some QEMU as the name of a disk; nobody wants that.
+        raise UsageError(
+            f"{' '.join(arguments[1:2]) or 'QEMU_CMD'} is no program in a directory of PATH",
+            hint=f"after the number {arguments[0]} a program is expected, by its name alone, without a slash",
+        )
     wrapped = wrap(wanted, pid=os.getpid())
     qemu = _find_qemu(wanted)
-    here = Path.cwd()
+    here = _working_directory()
     return Plan(
         name=wrapped.name,
         qemu=qemu,
@@ -55,7 +68,17 @@ def plan_wrap(
         quit_timeout=quit_timeout,
         console=False,
         inherited_fds=_inherited_fds(),
+        advice="options of qrapd come before FDNUM or QEMU's first argument; all that follows is QEMU's",
     )
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise Unavailable(
+            "the current directory does not exist any more", hint="go to another one: cd /"
+        ) from None
 
 
 def _find_qemu(wanted: Explicit | Patched) -> str:
