@@ -150,6 +150,19 @@ async def test_a_stopped_passt_is_passed_over(arena: Arena, options: list[str]) 
         assert_usable(await claim([stopped.path]))
 
 
+async def test_a_hung_passt_is_told_as_hung_again(arena: Arena, impatient: None) -> None:
+    """The first claim's connection stays in its queue: that is no client."""
+    (passt,) = arena.passt(1)
+    os.kill(passt.pid, signal.SIGSTOP)
+    for words in ("gave no answer", "accepts nothing: stopped or hung"):
+        error = await claim_fails(arena.paths)
+        assert f"silent ({words}" in error.message
+        assert "stopped or hangs" in str(error.hint)
+    assert [State.SILENT] == [each.state for each in await look(arena.paths[:1])]
+    os.kill(passt.pid, signal.SIGCONT)
+    assert_usable(await claim(arena.paths))
+
+
 async def test_a_passt_that_dies_while_probed(arena: Arena) -> None:
     """It has accepted nobody; its end is seen, and the next one is claimed."""
     dying, good = arena.passt(1, 2, options=["--one-off"])
@@ -197,9 +210,7 @@ async def test_passts_of_trusted_users_are_claimed(arena: Arena) -> None:
     said: list[str] = []
     found = await claim(arena.paths, say=said.append)
     assert arena.path(2) == found.path
-    assert [
-        f"{arena.path(1)}: refused, as user {stranger} listens there; to trust that user: --allow-uid {stranger}"
-    ] == said
+    assert [f"{arena.path(1)}: refused: listens as user {stranger}, who is not trusted"] == said
     assert_usable(found)
     assert not look_at([other.path])[0].taken
     assert_usable(await claim([other.path], allowed_uids={stranger}))

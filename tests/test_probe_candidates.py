@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from qrapd.probe import Candidate, State, default_paths, default_uids, describe, trusted_users
+from qrapd.probe import Candidate, State, default_paths, default_uids, describe, fold, trusted_users
 from support import NOBODY
 
 
@@ -17,6 +17,8 @@ def test_the_default_paths() -> None:
     assert ["/tmp/passt_1.socket", "/tmp/passt_2.socket"] == paths[:2]
     assert "/tmp/passt_99.socket" == paths[-1]
     assert 99 == len(paths)
+    assert "/x/{y}99" == default_paths("/x/{y}{n}")[-1]
+    assert ["/x"] == default_paths("/x")
 
 
 def test_trusted_users(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +33,5 @@ def test_trusted_users(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_names_each_candidate() -> None:
     """By what it is and why."""
     assert "busy (has a client)" == describe(Candidate("/x", State.BUSY, detail="has a client"))
+    found = [Candidate("/1", State.BUSY), Candidate("/2", State.BUSY), Candidate("/3", State.REFUSED)]
+    assert [("/1 to /2", "busy"), ("/3", "nobody listens")] == fold(found)

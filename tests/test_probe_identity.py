@@ -6,12 +6,16 @@ from __future__ import annotations
 import pytest
 
 from qrapd.probe import Identity, identify, is_passt, read_command, sort_passts
+from qrapd.probe.identity import UNKNOWN
 from qrapd.unix_sockets import Kind, Program, Sighting
+from support import NOBODY
 
 
-def program(*arguments: str, name: str = "passt.avx2", pid: int = 1, started: float = 0.0) -> Program:
+def program(
+    *arguments: str, name: str = "passt.avx2", pid: int = 1, started: float = 0.0, uid: int | None = None
+) -> Program:
     """A process."""
-    return Program(pid, name, arguments, started)
+    return Program(pid, name, arguments, started, uid)
 
 
 COMMANDS = {
@@ -98,3 +102,48 @@ def test_passts_on_default_names_are_told_by_time() -> None:
     assert Identity(None, True, False, None, False) == both
     never = identity(seen("/tmp/passt_2.socket", made=500), early, late)
     assert Identity(None, True, False, None, False) == never
+
+
+FORGED = program("passt", "--vhost-user", "-s", "/tmp/passt_2.socket", pid=6, started=99.9, uid=2000)
+
+
+def test_a_program_of_another_user_is_no_evidence() -> None:
+    """Neither beside the real one nor alone, whatever its command line says; root's and the listener's own are."""
+    real = program("passt", "-1", pid=7, started=99.9, uid=NOBODY)
+    ours = seen("/tmp/passt_2.socket")._replace(uid=NOBODY, owner=NOBODY)
+    assert Identity(7, True, False, True, False) == identity(ours, FORGED, real)
+    assert UNKNOWN == identity(ours, FORGED)
+    assert UNKNOWN == identity(ours, FORGED._replace(arguments=("passt",)))
+    for uid in (0, NOBODY):
+        assert identity(ours, FORGED._replace(uid=uid)).may_be_vhost_user
+    assert identity(ours._replace(uid=2000), FORGED).may_be_vhost_user
+
+
+def test_a_passt_that_became_another_user_is_known() -> None:
+    """Newer ones make root's socket first, and then become nobody; anyone else cannot have made it."""
+    passts = sort_passts([program("passt", "-s", "/x/a", pid=7, started=99.9, uid=NOBODY)])
+    for of_root in (seen("/x/a")._replace(uid=0, owner=0), seen("/x/a")._replace(owner=0)):
+        assert 7 == identify(of_root, passts, trusted={0, NOBODY}).pid
+        assert UNKNOWN == identify(of_root, passts, trusted={0})
+    assert 7 == identify(seen("/x/a")._replace(owner=NOBODY), passts, trusted={0}).pid
+
+
+def test_a_program_later_than_the_socket_is_weak_evidence() -> None:
+    """It names the path, but was not there when the socket was made: all may be, and nothing is certain."""
+    late = program("passt", "-s", "/tmp/passt_2.socket", pid=8, started=103)
+    sighting = seen("/tmp/passt_2.socket")
+    assert Identity(None, True, False, None, False) == identity(sighting, late)
+    real = program("passt", "--vhost-user", pid=7, started=99.9)
+    assert Identity(None, True, True, None, False) == identity(sighting, late, real)
+    # Where one was there in time, the late one does not matter.
+    early = late._replace(pid=9, started=99.9)
+    assert Identity(9, False, False, False, True) == identity(sighting, late, early)
+
+
+def test_a_program_much_earlier_than_the_socket_is_weak_beside_one_of_the_moment() -> None:
+    """It may have the same path in another mount namespace; alone, it will be the one: chmod(1) changes the time."""
+    old = program("passt", "-s", "/tmp/passt_2.socket", pid=8, started=10)
+    sighting = seen("/tmp/passt_2.socket")
+    assert Identity(8, False, False, False, True) == identity(sighting, old)
+    one_off = program("passt", "-1", pid=7, started=99.9)
+    assert Identity(None, True, False, None, False) == identity(sighting, old, one_off)

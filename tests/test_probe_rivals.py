@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 
 from probe_arena import ANSWER, Arena, assert_usable, open_arena, open_fds
 from qrapd.frames import probe_request
-from qrapd.probe import Claim, attempts, claim, claiming
+from qrapd.probe import Claim, State, attempts, claim, claiming
+from qrapd.probe.survey import Survey
 from qrapd.unix_sockets import lock_path
+from support import NOBODY
 
 
 @pytest.fixture
@@ -111,6 +114,18 @@ async def test_a_lock_is_no_denial(arena: Arena, monkeypatch: pytest.MonkeyPatch
     arena.passt(1)
     with lock(arena.path(1)):
         assert_usable(await claim(arena.paths))
+
+
+async def test_a_look_tries_again_what_is_locked(arena: Arena) -> None:
+    """Another look is through in a moment."""
+    arena.passt(1)
+    with Survey(arena.paths[:1], {os.geteuid(), 0, NOBODY}, ask_all=False) as survey:
+        with lock(arena.path(1)):
+            while not survey._entries[0].again:
+                assert survey.step() is not None
+        while (wait := survey.step()) is not None:
+            select.select([survey.events], [], [], wait)
+        assert [State.ANSWERING] == [each.state for each in survey.result()]
 
 
 async def test_a_claim_holds_no_lock(arena: Arena) -> None:

@@ -96,9 +96,9 @@ def test_clients_are_seen(place: Path, table: str) -> None:
         listener = listen(stack, path)
         client = connect(stack, path)
         if table == "UNIX_DIAG":  # the other one does not know of the queue
-            assert (1, 0) == look_at([str(path)])[0][-2:]
+            assert (1, 0) == look_at([str(path)])[0][-3:-1]
         server = stack.enter_context(listener.accept()[0])
-        assert (0, 1) == look_at([str(path)])[0][-2:]
+        assert (0, 1) == look_at([str(path)])[0][-3:-1]
         client.close()
         assert look_at([str(path)])[0].taken
         server.close()
@@ -284,8 +284,13 @@ def test_holders_are_found(place: Path) -> None:
     with ExitStack() as stack:
         listener = listen(stack, place / "socket")
         inode = os.fstat(listener.fileno()).st_ino
-        assert os.getpid() == find_holders([inode])[inode].pid
-    assert {} == find_holders([inode])
+        found = dict(filter(None, find_holders([inode], "no such name", {os.geteuid(), 0})))
+        assert os.getpid() == found[inode].pid
+        ours = read_program(os.getpid())
+        assert ours is not None
+        assert [inode] == [each[0] for each in filter(None, find_holders([inode], ours.name, ()))]
+        assert [] == list(filter(None, find_holders([inode], "no such name", ())))
+    assert [] == list(filter(None, find_holders([inode], ours.name, {os.geteuid()})))
 
 
 def test_the_listener_of_a_connection_is_known(place: Path) -> None:

@@ -7,10 +7,12 @@ ends it; who sends Ethernet to a ``--vhost-user`` passt ends that. So:
 1. **Look, then touch.** The kernel's tables tell who listens, of which user, and whether a client is there
    (unix_sockets.py). The names and command lines of all passts are read, and by them sockets and passts are brought
    together: by ``--socket``; for those on default names by the time at which the socket was made; and where that is
-   not enough, by the fds of those processes whose fds may be read. What is found is one of
+   not enough, by the fds of those processes whose fds may be read, a few milliseconds at a time. A name and a command
+   line can be forged: only programs count that can have made the socket by their user, and those that started too
+   late for it leave all in doubt. What is found is one of
 
    - a listener of a user who is not allowed: refused with a message, never touched;
-   - ``--vhost-user``, or possibly that: passed over;
+   - ``--vhost-user``: passed over; possibly that: put off;
    - taken, or with a connection that waits to be accepted: put off;
    - a *stranger*, a program that is no passt, or a passt that persists: leaving it does no harm;
    - a passt with ``--one-off``, or a listener of which no more is known: leaving it may end it.
@@ -24,7 +26,8 @@ ends it; who sends Ethernet to a ``--vhost-user`` passt ends that. So:
    persists. The answer was only peeked at: it stays in the stream, whole, for QEMU. All else is closed.
 
 4. **Come again.** Who hangs up at once has a client. It is put off like those seen to be taken, and looked at again
-   every 50 ms for 2.5 s: libvirt runs its emulator three times in a row, each time before the last has let go.
+   every 50 ms for 2.5 s: libvirt runs its emulator three times in a row, each time before the last has let go. One
+   that has accepted nothing by then is no busy passt but a hung one: what waits may be a question of an earlier claim.
 
 **Rivals.** When many claim at once, two must not hold what the other one waits for. An attempt therefore holds an
 advisory lock on its candidate, by the device and inode of the socket's file: whoever finds it locked goes on to the
@@ -48,7 +51,7 @@ import select
 import socket
 from collections.abc import Callable, Collection, Sequence
 
-from .candidates import Candidate, State, default_paths, describe
+from .candidates import Candidate, State, default_paths, describe, fold
 from .claiming import Claim, Claiming
 from .identity import Command, Identity, Passts, identify, is_passt, read_command, sort_passts
 from .survey import Survey
@@ -66,6 +69,7 @@ __all__ = [
     "default_paths",
     "default_uids",
     "describe",
+    "fold",
     "identify",
     "is_passt",
     "look",

@@ -94,7 +94,7 @@ class Attempts:
         self, paths: Sequence[str], allowed: Collection[int], say: Callable[[str], None] | None
     ) -> None:
         self._lookout = Lookout(allowed, say or _say_nothing)
-        self._entries = [Entry(index, path) for index, path in enumerate(paths)]
+        self._entries = [Entry(index, path) for index, path in enumerate(dict.fromkeys(paths))]
         self._under_way: dict[int, Attempt] = {}
         self._answered: list[Attempt] = []
         self._has_rivals = False
@@ -269,9 +269,11 @@ def _explain(error: OSError) -> tuple[State, str]:
     if error.errno == errno.ECONNREFUSED:
         return State.REFUSED, ""
     if error.errno in {errno.EACCES, errno.EPERM}:
-        return State.DENIED, ""
-    if error.errno in {errno.ENOENT, errno.EPROTOTYPE}:
+        return State.DENIED, "its permissions do not let this user"
+    if error.errno == errno.ENOENT:
         return State.ABSENT, ""
+    if error.errno == errno.EPROTOTYPE:
+        return State.UNUSABLE, "a socket that is no stream"
     raise error
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from qrapd import unix_sockets
 
 from .attempts import Attempts
-from .candidates import State, advise, default_paths, describe
+from .candidates import State, advise, default_paths, fold, name_span
 from .identity import identify, sort_passts
-from .looking import Entry
+from .looking import STUCK, Entry
 from .trusted_users import default_uids
 
 TYPE_CHECKING = False
@@ -78,6 +78,9 @@ class Claiming(Attempts):
                 self._notice_rivals(now)
             self._retry_locked(now)
             self._begin_more(now)
+        self._lookout.go_on_searching()
+        if self._lookout.searching:
+            return 0.0
         nothing_left = not self._under_way and not any(each.ready for each in self._entries)
         if nothing_left and not (self._some_busy() and now < self._patient_until):
             raise self._failure()
@@ -96,14 +99,19 @@ class Claiming(Attempts):
         """The winner's process now: it may have gone to the background, into another one, since it was looked for."""
         pid = entry.candidate.pid
         if pid and not unix_sockets.read_program(pid):
-            pid = identify(entry.sighting, sort_passts(unix_sockets.find_programs("passt"))).pid
+            passts = sort_passts(unix_sockets.find_programs("passt"))
+            pid = identify(entry.sighting, passts, trusted=self._lookout.allowed).pid
         return pid
 
     def _some_put_off(self) -> bool:
         return self._look_at == 0 or self._some_busy()
 
     def _some_busy(self) -> bool:
-        return any(each.state is State.BUSY for each in self._entries)
+        """Whether there are candidates that may yet become free, or turn out to be no passt with --vhost-user."""
+        return any(
+            each.state is State.BUSY or (each.state is State.VHOST_USER and not each.settled)
+            for each in self._entries
+        )
 
     def _notice_rivals(self, now: float) -> None:
         """A passt that has a client may have it for a moment only: while another claim is asking it."""
@@ -136,15 +144,14 @@ class Claiming(Attempts):
     def _failure(self) -> Unavailable:
         from qrapd.errors import Unavailable  # brings dataclasses in
 
-        found = [each.candidate for each in self._entries if each.state is not State.ABSENT]
+        for entry in self._entries:
+            if entry.stuck_since and time.monotonic() - entry.stuck_since > PATIENCE / 2:
+                entry.become(State.SILENT, STUCK)
         paths = [each.path for each in self._entries]
-        if not found:
-            span = (
-                paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}" if paths else "no path at all"
-            )
-            return Unavailable(
-                f"no passt to be found: nothing is at {span}",
-                hint="start one: passt (it says on which socket it listens)",
-            )
-        lines = "; ".join(f"{each.path}: {describe(each)}" for each in found)
-        return Unavailable(f"no passt could be claimed. {lines}", hint=advise(found))
+        found = [each.candidate for each in self._entries]
+        there = [each for each in found if each.state is not State.ABSENT]
+        hint = advise(there, paths)
+        if not there:
+            return Unavailable(f"no passt to be found: nothing is at {name_span(paths)}", hint=hint)
+        lines = "; ".join(f"{span}: {words}" for span, words in fold(found) if words != State.ABSENT.value)
+        return Unavailable(f"no passt could be claimed. {lines}", hint=hint)

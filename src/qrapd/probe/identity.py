@@ -7,7 +7,7 @@ Nothing is looked at here: unix_sockets.py has seen the socket and the processes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from qrapd.unix_sockets import Program, Sighting
@@ -106,27 +106,80 @@ def sort_passts(programs: Iterable[Program]) -> Passts:
     return passts
 
 
-def identify(sighting: Sighting, passts: Passts, holder: Program | None = None) -> Identity:
+def identify(
+    sighting: Sighting, passts: Passts, holder: Program | None = None, trusted: Collection[int] = ()
+) -> Identity:
     """Which of the running ``passts`` listens at a path, and what follows from that.
 
+    Anyone may name a program as passt and give it any command line. So only those count that can have made the socket
+    by their user, and a command line that names the path is worth no more than a guess unless its program had started
+    by the time the socket was made.
+
     :param holder: the process that has the listening socket, where that could be read.
+    :param trusted: users whose word is taken for a socket that is root's, or of whose user nothing is known.
     """
     if holder:
         if not is_passt(holder):
             return Identity(holder.pid, may_end=False, may_be_vhost_user=False, one_off=False, certain=True)
         return _sum_up([(holder, read_command(holder.arguments))], certain=True)
+    nameless = _nameless(sighting, passts, trusted)
     # Of the same last component: the very path, or relative to a directory that cannot be read, or another spelling.
-    similar = passts.named.get(_last(sighting.path), [])
+    similar = [
+        pair for pair in passts.named.get(_last(sighting.path), []) if _may_own(pair[0], sighting, trusted)
+    ]
     exact = [pair for pair in similar if pair[1].socket == sighting.path]
+    # Another one of that name cannot have made the socket if it was not there yet.
+    exact = [pair for pair in exact if not _started_late(pair, sighting)] or exact
     if exact:
         similar = exact + [pair for pair in similar if not str(pair[1].socket).startswith("/")]
+        doubtful = (
+            nameless if _started_late(exact[0], sighting) else _of_the_moment(exact, nameless, sighting)
+        )
+        if doubtful is not None:
+            # Another mount namespace has the same path, or somebody pretends.
+            summed = _sum_up(similar + doubtful, certain=False)
+            return summed._replace(pid=None, may_end=True, one_off=None)
     if similar:
         summed = _sum_up(similar, certain=len(exact) == len(similar) == 1)
         # The only one of that name may still be somebody else's, in another directory.
         return summed if exact else summed._replace(pid=None)
+    return _sum_up(nameless, certain=False)
+
+
+def _may_own(program: Program, sighting: Sighting, trusted: Collection[int]) -> bool:
+    """Whether a program can have made the socket, by its user. A passt that root starts becomes another user.
+
+    That of 2023 does so before it makes its socket, later ones do so after it.
+    """
+    if program.uid in {None, 0}:
+        return True
+    if sighting.uid:
+        return program.uid == sighting.uid
+    return program.uid in trusted or (sighting.uid is None and program.uid == sighting.owner)
+
+
+def _nameless(sighting: Sighting, passts: Passts, trusted: Collection[int]) -> list[tuple[Program, Command]]:
+    """Those on default names that may listen here: the one that fits by its start, or all."""
     if not re.fullmatch(PATTERN.replace(".", r"\.").format(n=r"\d+"), sighting.path):
-        return UNKNOWN
-    return _sum_up(_started_with(sighting, passts.nameless), certain=False)
+        return []
+    return _started_with(sighting, [pair for pair in passts.nameless if _may_own(pair[0], sighting, trusted)])
+
+
+def _started_late(pair: tuple[Program, Command], sighting: Sighting) -> bool:
+    return sighting.made is not None and pair[0].started > sighting.made + _CLOSE_IN_TIME
+
+
+def _of_the_moment(
+    exact: list[tuple[Program, Command]], nameless: list[tuple[Program, Command]], sighting: Sighting
+) -> list[tuple[Program, Command]] | None:
+    """Those on default names that fit by their start where those that name the path do not; None: these do, or none.
+
+    A file's time changes with its rights: that those of its name are older says little by itself.
+    """
+    made = sighting.made
+    if made is None or any(abs(program.started - made) < _CLOSE_IN_TIME for program, _ in exact):
+        return None
+    return [pair for pair in nameless if abs(pair[0].started - made) < _CLOSE_IN_TIME] or None
 
 
 def _last(path: str) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from qrapd import unix_sockets
 from qrapd.unix_sockets import Kind, Program, Sighting
@@ -12,7 +12,10 @@ from qrapd.unix_sockets import Kind, Program, Sighting
 from .candidates import Candidate, State
 from .identity import UNKNOWN, Passts, identify, sort_passts
 
-__all__ = ["Entry", "Lookout"]
+__all__ = ["STUCK", "Entry", "Lookout"]
+
+STUCK = "accepts nothing: stopped or hung"
+"""Of a listener with a connection that waits, and waits, while nobody is connected."""
 
 _SETTLED = 0.1
 """Seconds after which a passt that has made its socket has also forked, if it does."""
@@ -20,10 +23,17 @@ _SETTLED = 0.1
 _SCAN_LASTS = 1.0
 """Seconds. See _all_passts."""
 
+_SLICE = 0.005
+"""Seconds that a search of fds takes at a time: whoever waits in the same event loop is not to notice."""
+
+_SEARCHES = 4
+"""Of fds, for each claim: the first look's, and those of a claim that widens. After that all is taken to be fragile."""
+
 _PLAIN = {
     Kind.ABSENT: State.ABSENT,
-    Kind.OTHER: State.ABSENT,
+    Kind.OTHER: State.UNUSABLE,
     Kind.STALE: State.REFUSED,
+    Kind.BOUND: State.REFUSED,
     Kind.DENIED: State.DENIED,
 }
 
@@ -45,6 +55,9 @@ class Entry:
         self.latency: float | None = None
         self.again = 0.0  # when a candidate that a rival had locked may be tried again
         self.locked_since: float | None = None
+        self.stuck_since: float | None = (
+            None  # when a connection was first seen to wait, and nobody to be connected
+        )
 
     def become(self, state: State, detail: str = "", *, settled: bool = False) -> None:
         """Note what it was found to be; it is not to be asked, then."""
@@ -66,6 +79,9 @@ class Lookout:
         self.allowed = allowed
         self._say = say
         self._inquired: set[int] = set()  # inodes of listeners whose holders were searched for
+        self._searches = 0
+        self._search: Iterator[tuple[int, Program] | None] | None = None
+        self._searched_for: dict[int, Entry] = {}
 
     def look(self, entries: Sequence[Entry]) -> None:
         """See what has become of ``entries``, none of which is settled or under way."""
@@ -76,13 +92,16 @@ class Lookout:
             if (sighting.inode, sighting.file) != (entry.sighting.inode, entry.sighting.file):
                 entry.identity = UNKNOWN
                 entry.locked_since = None
+                entry.stuck_since = None
                 if sighting.kind in {Kind.LISTENING, Kind.HIDDEN}:
                     novel.append(entry)
+            elif entry.state is State.VHOST_USER:  # perhaps: the one that it was taken for may have ended
+                novel.append(entry)
             entry.sighting = sighting
         if novel:
             passts = _all_passts(max(each.sighting.made or 0.0 for each in novel))
             for entry in novel:
-                entry.identity = identify(entry.sighting, passts)
+                entry.identity = identify(entry.sighting, passts, trusted=self.allowed)
         self.search_holders(
             [each for each in novel if each.identity.may_be_vhost_user and not each.identity.certain]
         )
@@ -93,13 +112,19 @@ class Lookout:
         sighting = entry.sighting
         entry.uid = sighting.uid if sighting.uid is not None else sighting.owner
         entry.ready = False
+        if not sighting.waiting or sighting.connected:
+            entry.stuck_since = None
+        elif entry.stuck_since is None:
+            entry.stuck_since = time.monotonic()
         if sighting.kind not in {Kind.LISTENING, Kind.HIDDEN}:
-            entry.become(_PLAIN[sighting.kind])
+            entry.become(_PLAIN[sighting.kind], sighting.reason)
         elif entry.uid not in self.allowed:
             self.refuse(entry)
         elif entry.identity.may_be_vhost_user:
-            word = "is" if entry.identity.pid else "may be"
-            entry.become(State.VHOST_USER, f"{word} a passt with --vhost-user", settled=True)
+            known = entry.identity.certain or entry.identity.pid is not None
+            word = "is" if known else "may be"
+            # Not for good where it is but a guess: the one that it is taken for may be somewhere else, and end.
+            entry.become(State.VHOST_USER, f"{word} a passt with --vhost-user", settled=known)
         elif sighting.connected:
             entry.become(State.BUSY, "has a client")
         elif sighting.waiting:
@@ -111,22 +136,52 @@ class Lookout:
     def refuse(self, entry: Entry) -> None:
         """Have nothing to do with a listener of a user who is not allowed, and say so."""
         entry.become(State.FOREIGN, f"belongs to user {entry.uid}", settled=True)
-        self._say(
-            f"{entry.path}: refused, as user {entry.uid} listens there; to trust that user: --allow-uid {entry.uid}"
-        )
+        self._say(f"{entry.path}: refused: listens as user {entry.uid}, who is not trusted")
+
+    @property
+    def searching(self) -> bool:
+        """Whether a search of fds is under way."""
+        return self._search is not None
 
     def search_holders(self, entries: Collection[Entry]) -> None:
-        """Read processes' fds, once, for those that no command line could tell."""
-        inodes = {each.sighting.inode: each for each in entries if each.sighting.inode is not None}
-        missing = [inode for inode in inodes if inode is not None and inode not in self._inquired]
+        """Begin to read processes' fds, once, for those that no command line could tell."""
+        if self._search or self._searches >= _SEARCHES:
+            return
+        missing = {
+            each.sighting.inode: each
+            for each in entries
+            if each.sighting.inode is not None and each.sighting.inode not in self._inquired
+        }
         if not missing:
             return
+        self._searches += 1
         self._inquired.update(missing)
-        holders: Mapping[int, Program] = unix_sockets.find_holders(missing)
-        for inode, holder in holders.items():
-            inodes[inode].identity = identify(inodes[inode].sighting, Passts({}, []), holder)
-            if inodes[inode].identity.may_be_vhost_user:
-                inodes[inode].become(State.VHOST_USER, "is a passt with --vhost-user", settled=True)
+        self._searched_for = missing
+        # A program that is not dumpable looks like root's.
+        uids = {
+            0,
+            *(uid for each in entries for uid in (each.sighting.uid, each.sighting.owner) if uid is not None),
+        }
+        self._search = unix_sockets.find_holders(missing, "passt", uids)
+
+    def go_on_searching(self) -> None:
+        """Search for a few milliseconds, and judge those that were found out about."""
+        until = time.monotonic() + _SLICE
+        for found in self._search or ():
+            if found:
+                self._identify_by(*found)
+            elif time.monotonic() > until:
+                return
+        self._search = None
+
+    def _identify_by(self, inode: int, holder: Program) -> None:
+        entry = self._searched_for[inode]
+        if entry.settled or entry.sighting.inode != inode:
+            return
+        entry.identity = identify(entry.sighting, Passts({}, []), holder)
+        # What is under way, or has been tried, stays what it was found to be.
+        if entry.identity.may_be_vhost_user or (entry.state is State.VHOST_USER):
+            self._judge(entry)
 
 
 _scan = (Passts({}, []), 0.0, 0.0)
