@@ -3,8 +3,7 @@
 
 ``summary.py REPORT...`` prints ``N passed, N failed, N skipped`` and ends with 1 unless all is well. A report
 that is missing, broken or empty of tests means that a run came to nothing, and counts as one failure: silence
-must not pass. ``--may-be-empty REPORT`` excuses one from having tests (there may be no slow ones), not from
-being there.
+must not pass.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ def outcomes(report: Path) -> dict[str, str]:
     return found
 
 
-def total(reports: Iterable[Path], may_be_empty: Iterable[Path] = ()) -> Counter[str]:
+def total(reports: Iterable[Path]) -> Counter[str]:
     """Counts the outcomes of all reports, and says on stderr which of them came to nothing."""
-    excused = set(may_be_empty)
     count: Counter[str] = Counter()
     for report in reports:
         try:
@@ -52,7 +50,7 @@ def total(reports: Iterable[Path], may_be_empty: Iterable[Path] = ()) -> Counter
             print(f"{report}: {error}: counted as one failure", file=sys.stderr)
             count["failed"] += 1
             continue
-        if not found and report not in excused:
+        if not found:
             print(f"{report}: no tests in it: counted as one failure", file=sys.stderr)
             count["failed"] += 1
         count.update(found.values())
@@ -63,9 +61,7 @@ def main() -> int:
     """Prints the line; the exit status says whether all is well."""
     parser = argparse.ArgumentParser(description="Sums up JUnit reports of pytest in one line.")
     parser.add_argument("report", nargs="+", type=Path)
-    parser.add_argument("--may-be-empty", action="append", default=[], type=Path, metavar="REPORT")
-    arguments = parser.parse_args()
-    count = total(arguments.report + arguments.may_be_empty, arguments.may_be_empty)
+    count = total(parser.parse_args().report)
     print(f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped", flush=True)
     return 1 if count["failed"] else 0
 
