@@ -28,21 +28,34 @@ LAYERS = [
     ["supervisor"],
     ["vm"],
     ["link"],
+    # a link's way out, and its place in QEMU
+    ["connection", "hub"],
     # one peer each
-    ["passt", "probe", "qemu", "qmp", "stream"],
+    ["listeners", "passt", "probe", "qemu", "qmp", "stream"],
     ["wrap"],
     # what is to be started here, and what was
     ["plan", "record", "vm_files"],
     # the operating system
-    ["binaries", "guest", "journal", "logs", "process", "runtime_directory", "systemd", "unix_sockets"],
+    [
+        "binaries",
+        "guest",
+        "journal",
+        "logs",
+        "process",
+        "runtime_directory",
+        "systemd",
+        "unix_sockets",
+        "vital_signs",
+    ],
+    ["sock_diag"],
     # pure from here on: they decide and do no I/O, so that a test of them needs no process
     ["wrap_arguments"],
-    ["qemu_arguments"],
-    ["config"],
+    ["qemu_arguments", "reload"],
+    ["config", "restart"],
     ["passt_options"],
     ["lifecycle", "messages", "ports"],
     # and these with the standard library alone
-    ["backoff", "errors", "frames", "lines", "qrap_arguments"],
+    ["backoff", "errors", "frames", "lines", "link_lifecycle", "qrap_arguments", "stall"],
     ["__init__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}

@@ -15,8 +15,8 @@ from qrapd.messages import EVENTS, OUTPUT_EVENTS, headline, sentence
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "qrapd"
 
-# Bound once, for all that is told below: by vm.py and by link.py.
-BOUND = {"vm.py": {"vm"}, "link.py": {"vm", "link"}}
+# Bound once, for all that is told below.
+BOUND = {"supervisor.py": {"vm"}, "vm.py": {"vm"}, "link.py": {"vm", "link"}, "connection.py": {"vm", "link"}}
 
 # What users' queries rely on: these fields at least, wherever the event is told.
 PROMISED = {
@@ -30,6 +30,8 @@ PROMISED = {
     "guest.console": {"vm", "line"},
     "link.connected": {"vm", "link", "generation", "source", "passt_pid"},
     "link.lost": {"vm", "link", "generation", "reason"},
+    "link.restored": {"vm", "link", "generation", "outage_ms", "passt_pid"},
+    "link.failed": {"vm", "link", "attempts", "retry_in_ms", "error"},
 }
 
 

@@ -68,18 +68,21 @@ def test_each_link_has_a_passt(tmp_path: Path, program: Path, passt: Path) -> No
         tmp_path, program, f"{link}tcp_ports = [80, '[::1]/22']\n{link}mtu = 1500\nno_ra = true"
     )
     assert (
-        LinkPlan(0, "managed", vm.mac(0), (str(passt), "--tcp-ports", "80", "--tcp-ports", "::1/22")),
-        LinkPlan(1, "managed", vm.mac(1), (str(passt), "--no-ra", "--mtu", "1500")),
+        LinkPlan(
+            0, "managed", vm.mac(0), 0, "link0", (str(passt), "--tcp-ports", "80", "--tcp-ports", "::1/22")
+        ),
+        LinkPlan(1, "managed", vm.mac(1), 1, "link1", (str(passt), "--no-ra", "--mtu", "1500")),
     ) == resolve(vm).links
 
 
 def test_a_link_to_a_passt_that_is_there_already(tmp_path: Path, program: Path) -> None:
     """No program is looked for; a path is relative to the file; the users who are trusted come along."""
     text = "[[link]]\nsource = 'probe'\nallow_uids = [7]\n[[link]]\nsource = 'run/p.sock'"
+    vm = configuration(tmp_path, program, text)
     assert (
-        LinkPlan(0, "probe", "", allowed_uids=frozenset({7})),
-        LinkPlan(1, str(tmp_path / "run/p.sock"), ""),
-    ) == resolve(configuration(tmp_path, program, text)).links
+        LinkPlan(0, "probe", vm.mac(0), 0, "link0", allowed_uids=frozenset({7})),
+        LinkPlan(1, str(tmp_path / "run/p.sock"), vm.mac(1), 1, "link1"),
+    ) == resolve(vm).links
 
 
 def test_a_socket_with_a_path_that_is_too_long(tmp_path: Path, program: Path) -> None:
@@ -158,17 +161,6 @@ def test_a_link_that_this_version_cannot_make_is_refused(
     assert [Problem(key, f"is not supported by qrapd {__version__}", value, hint)] == problems_of(vm)
 
 
-@pytest.mark.parametrize("policy", ["on-failure", "always"])
-def test_a_restart_policy_that_this_version_does_not_have_is_refused(
-    policy: str, tmp_path: Path, program: Path
-) -> None:
-    """The hint says who can restart the VM meanwhile."""
-    (problem,) = problems_of(configuration(tmp_path, program, f"[restart]\npolicy = '{policy}'"))
-    assert ("restart.policy", repr(policy)) == (problem.key, problem.value)
-    assert "not supported" in problem.reason
-    assert "systemd" in str(problem.hint)
-
-
 @pytest.mark.parametrize("name", ["missing", "web.toml"])
 def test_a_working_directory_must_be_one(name: str, tmp_path: Path, program: Path) -> None:
     """The whole path is told, as the file has a relative one."""
@@ -205,9 +197,9 @@ def test_an_option_that_the_installed_passt_lacks(tmp_path: Path, program: Path,
 
 def test_all_problems_come_at_once(tmp_path: Path, program: Path, passt: Path) -> None:
     """A missing program among them."""
-    text = f"[restart]\npolicy = 'always'\n[[link]]\nmode = 'native'\npasst_binary = '{passt}'\n[link.passt]\nodd = 1"
+    text = f"[[link]]\nmode = 'native'\npasst_binary = '{passt}'\n[link.passt]\nodd = 1"
     vm = configuration(tmp_path, tmp_path / "missing", text, keys="directory = 'missing'")
-    assert {"restart.policy", "link[0].mode", "link[0].passt.odd", "qemu.directory", "qemu.binary"} == {
+    assert {"link[0].mode", "link[0].passt.odd", "qemu.directory", "qemu.binary"} == {
         problem.key for problem in problems_of(vm)
     }
 

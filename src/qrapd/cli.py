@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,7 @@ def run(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: s
 
     SIGTERM, or Ctrl-C, asks the guest to power down; a second one takes the next, rougher step.
     """
-    return _run(lambda: _plan(file), runtime_dir, log_format, log_level)
+    return _run(lambda: _plan(file), runtime_dir, log_format, log_level, from_file=True)
 
 
 @main.command()
@@ -334,7 +335,12 @@ def _plan(file: str) -> Plan:
 
 
 def _run(
-    make_plan: Callable[[], Plan], runtime_dir: Path | None, log_format: LogFormat, log_level: str
+    make_plan: Callable[[], Plan],
+    runtime_dir: Path | None,
+    log_format: LogFormat,
+    log_level: str,
+    *,
+    from_file: bool = False,
 ) -> int:
     from qrapd.logs import JOURNAL_SOCKET, Logs
 
@@ -345,7 +351,7 @@ def _run(
         )
     with Logs(log_format, log_level) as logs:
         try:
-            return _supervise(make_plan(), _base(runtime_dir), logs)
+            return _supervise(make_plan(), _base(runtime_dir), logs, make_plan if from_file else None)
         except QrapdError as error:
             return _tell(error, logs)
 
@@ -356,12 +362,12 @@ def _base(runtime_dir: Path | None) -> Path:
     return runtime_dir or default_base(os.environ, os.geteuid())
 
 
-def _supervise(plan: Plan, base: Path, logs: Logs) -> int:
+def _supervise(plan: Plan, base: Path, logs: Logs, reread: Callable[[], Plan] | None) -> int:
     import anyio
 
     from qrapd.supervisor import supervise
 
-    anyio.run(supervise, plan, base, logs.emit)
+    anyio.run(partial(supervise, plan, base, logs.emit, reread=reread))
     return ExitStatus.OK
 
 

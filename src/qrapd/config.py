@@ -159,6 +159,7 @@ class VmConfiguration:
     def __init__(self, path: Path, name: str, file: VmFile) -> None:
         self.path = path
         self.name = name
+        self.file = file
         self.qemu = file.qemu
         self.restart = file.restart
         self.links = tuple(file.link)

@@ -54,7 +54,8 @@ def show(*, stay: bool, port: int | None, base: Path | None, log_format: LogForm
         say("guest", f"Linux {guest.version} and busybox, {_MEMORY}, {_accelerator(made)}")
         with Logs(log_format, log_level) as logs:
             visit = _Visit(console, made, port, stay, None if log_format == "auto" else logs.emit)
-            outcome = anyio.run(supervise, made, base or Path(scratch) / "run", visit.note, visit.carry_out)
+            base = base or Path(scratch) / "run"
+            outcome = anyio.run(partial(supervise, made, base, visit.note, companion=visit.carry_out))
     if visit.error is not None:
         raise visit.error
     say("done", "no process, socket or file is left")

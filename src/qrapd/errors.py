@@ -28,6 +28,7 @@ __all__ = [
     "Problem",
     "QemuFailed",
     "QmpFailed",
+    "QmpRefused",
     "QrapdError",
     "Unavailable",
     "UsageError",
@@ -88,6 +89,10 @@ class QmpFailed(QrapdError):
     """A command on QEMU's monitor was refused, cut short, or not answered in time."""
 
     exit_status = ExitStatus.FAILED
+
+
+class QmpRefused(QmpFailed):
+    """QEMU has answered a command with an error, and is well otherwise."""
 
 
 @dataclass(frozen=True)

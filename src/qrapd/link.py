@@ -1,159 +1,372 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One link: a NIC's way to the host. It starts or finds its passt, holds the stream, and tells when it is lost."""
+"""One link: a NIC's way to the host. What happens goes through its lifecycle table; the actions are carried out here.
+
+A passt that is lost is replaced under the running NIC: the old one is seen off, a new one comes up on a stream of its
+own, and QEMU is given that stream. The guest sees no change of carrier; its connections through the old passt are gone.
+"""
 
 from __future__ import annotations
 
-import enum
-import socket
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd.errors import Unavailable
+from qrapd.backoff import Backoff
+from qrapd.connection import Connection, acquire, watch_listeners
+from qrapd.errors import QmpFailed, QrapdError, Unavailable
+from qrapd.hub import HubPort
+from qrapd.link_lifecycle import Action, Event, State, advance
 from qrapd.logs import Emit
-from qrapd.passt import Passt
 from qrapd.plan import LinkPlan
 from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import ProcessId
-from qrapd.stream import HeldStream
+from qrapd.stream import HangUpWatch
 
-__all__ = ["Link", "LinkState"]
+if TYPE_CHECKING:
+    from qrapd.listeners import ListenerWatch
+    from qrapd.qmp import Qmp
+
+__all__ = ["Link", "LinkState", "Surroundings"]
+
+LinkState = State
+
+HANG_UP_GRACE = 0.25
+"""Seconds for a passt to end after it has hung up: it takes about a millisecond. One that does not is ended."""
 
 
-class LinkState(enum.Enum):
-    """Where a link is in its life."""
+_PASSTS = ("source", "passt", "pattern")
+"""What of a plan is passt's; another one takes another passt."""
 
-    NEW = "new"
-    STARTING = "starting"
-    UP = "up"
-    LOST = "lost"
-    ENDED = "ended"
+_RELOADABLE = (*_PASSTS, "allowed_uids", "stall_timeout", "guest_addresses")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a link has in common with the other links of its VM."""
+
+    directory: Path
+    """where passts of ours work"""
+    emit: Emit
+    hang_ups: HangUpWatch
+    note_change: Callable[[], None]
+    """called when another passt serves a link"""
+    note_failed_start: Callable[[Unavailable], None]
+    """called when a link has lost its passt before the VM was ready, with the reason"""
+
+
+@dataclass
+class _Loss:
+    """Why and when a passt was lost."""
+
+    reason: str
+    """``hangup``, ``exited``, ``stalled`` or ``requested``"""
+    at: float
+    """monotonic seconds"""
+    detail: str | None = None
+    told: bool = False
 
 
 class Link:
-    """One NIC's passt and stream, from start to release.
+    """One NIC's passt and stream, from :meth:`start` to :meth:`release`."""
 
-    :param directory: where a passt of ours works.
-    :param on_loss: called when the link, once up, has lost its passt, with the reason.
-    """
-
-    def __init__(
-        self, plan: LinkPlan, directory: Path, emit: Emit, on_loss: Callable[[Unavailable], None]
-    ) -> None:
+    def __init__(self, plan: LinkPlan, backoff: Backoff, around: Surroundings) -> None:
         self.plan = plan
-        self.state = LinkState.NEW
+        self.state = State.NEW
         self.generation = 0
-        self._directory = directory
-        self._emit: Emit = partial(emit, link=plan.index)
-        self._on_loss = on_loss
-        self._passt: Passt | None = None
-        self._stream: HeldStream | None = None
-        self._watching = anyio.CancelScope()
+        self._around = around
+        self._emit: Emit = partial(around.emit, link=plan.index)
+        self._backoff = backoff
+        self._hub = HubPort(plan.index, plan.hub, plan.nic)
+        self._qmp: Qmp | None = None
+        self._tasks: TaskGroup | None = None
+        self._work = anyio.CancelScope()
+        self._idle = anyio.Event()
+        self._idle.set()
+        self._connection: Connection | None = None
+        self._loss: _Loss | None = None
+        self._error: QrapdError | None = None
+        self._fallback: LinkPlan | None = None
+        self._listeners: ListenerWatch | None = None
+
+    # --- from outside ---------------------------------------------------------------------------------
 
     @property
     def stream_fd(self) -> int:
-        """QEMU's end of the stream, to be inherited by QEMU; held here as well until the release."""
-        assert self._stream is not None, "a link that is up has a stream"
-        return self._stream.fd
+        """QEMU's end of the stream, to be inherited by QEMU; held here as well."""
+        assert self._connection is not None, "a link that has started has a connection"
+        return self._connection.stream.fd
 
     @property
     def process_id(self) -> ProcessId | None:
         """The passt of ours that serves this link now."""
-        if self._passt is None or self.state is not LinkState.UP:
-            return None
-        return ProcessId(self._passt.pid, self._passt.start_time)
+        return self._connection.process_id if self._connection else None
 
     async def start(self, tasks: TaskGroup) -> None:
-        """Get a stream to a passt that answers; afterwards the link is watched by a task in ``tasks``.
+        """Get a stream to a passt that answers; afterwards the link lives in ``tasks``.
 
         :raise Unavailable: passt cannot be run, ended (its words are quoted), does not answer, or is not found.
         """
-        self.state = LinkState.STARTING
-        if self.plan.source == "managed":
-            await self._start_passt(tasks)
-        else:
-            await self._claim_passt(tasks)
+        self._tasks = tasks
+        self._post(Event.START)
+        await self._idle.wait()
+        if self.state is State.DOWN:
+            assert self._error is not None
+            raise self._error
 
-    async def _start_passt(self, tasks: TaskGroup) -> None:
-        ours, passts = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._stream = HeldStream(ours)
-        passt = self._passt = await Passt.start(
-            self.plan.passt,
-            passts,
-            directory=self._directory,
-            tasks=tasks,
-            tell=lambda line: self._emit("passt.output", line=line),
+    def heal_with(self, qmp: Qmp) -> None:
+        """The VM is ready: from now on a lost passt is replaced."""
+        self._qmp = qmp
+        self._post(Event.VM_READY)
+
+    def reload(self, plan: LinkPlan) -> bool:
+        """Go by another plan from now on, as far as the NIC that is there allows it.
+
+        Returns whether that takes another passt: with other options, from an upgraded program, or after failures.
+        If none comes up by the new plan, the one before is gone back to.
+        """
+        before = self.plan
+        self.plan = replace(before, **{name: getattr(plan, name) for name in _RELOADABLE})
+        if not (self.state in {State.WAITING, State.FAILED} or self._is_outdated(before)):
+            return False
+        self._fallback = before if self.state is State.UP else None
+        self.renew()
+        return self.state not in {State.ENDING, State.ENDED}
+
+    def _is_outdated(self, before: LinkPlan) -> bool:
+        if any(getattr(self.plan, name) != getattr(before, name) for name in _PASSTS):
+            return True
+        passt = self._connection.passt if self._connection else None
+        return passt is not None and passt.is_outdated
+
+    def renew(self) -> None:
+        """Replace the passt, or try again at once if there is none."""
+        self._backoff.forget()
+        if self.state is State.UP:
+            self._loss = _Loss("requested", time.monotonic())
+        self._post(Event.RENEW)
+
+    async def release(self) -> None:
+        """Let go of the stream and see a passt of ours off. Not cancellable: nothing may be left behind."""
+        self._post(Event.RELEASE)
+        with anyio.CancelScope(shield=True):
+            self._work.cancel()
+            await self._idle.wait()
+            self._forget_listeners()
+            if self._connection is not None:
+                await self._see_off(self._connection)
+        self._post(Event.RELEASED)
+
+    # --- the table's servant --------------------------------------------------------------------------
+
+    def _post(self, event: Event) -> None:
+        self.state, actions = advance(self.state, event)
+        for action in actions:
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Action.ACQUIRE:
+                self._begin(self._acquire)
+            case Action.REAP:
+                self._begin(self._reap)
+            case Action.SWAP:
+                self._begin(self._swap)
+            case Action.PLAN_RETRY:
+                self._plan_retry()
+            case Action.TELL_CONNECTED:
+                self._tell_connected()
+            case Action.TELL_RESTORED:
+                self._tell_restored()
+            case Action.REPORT:
+                self._begin(self._report_loss)
+            case Action.LET_GO:
+                pass  # release() does so, which must work where no task can be started any more
+
+    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do one thing in the background, after the one that is under way, which is cancelled."""
+        assert self._tasks is not None
+        before = self._idle
+        self._work.cancel()
+        self._work, self._idle = anyio.CancelScope(), anyio.Event()
+        self._tasks.start_soon(self._do, work, before, self._work, self._idle)
+
+    async def _do(
+        self,
+        work: Callable[[], Awaitable[None]],
+        before: anyio.Event,
+        scope: anyio.CancelScope,
+        idle: anyio.Event,
+    ) -> None:
+        try:
+            with anyio.CancelScope(shield=True):
+                await before.wait()
+            with scope:
+                await work()
+        finally:
+            idle.set()
+
+    # --- coming up ------------------------------------------------------------------------------------
+
+    async def _acquire(self) -> None:
+        assert self._tasks is not None
+        self._watch_listeners()
+        try:
+            connection = await acquire(self.plan, self._around.directory, self._emit, self._tasks)
+        except Unavailable as error:
+            self._error = error
+            self._fall_back(error)
+            self._post(Event.ACQUIRE_FAILED)
+            return
+        self._connection = connection
+        connection.watch(self._around.hang_ups, self._tasks, partial(self._note_hang_up, connection))
+        self._post(Event.ACQUIRED)
+
+    def _fall_back(self, error: Unavailable) -> None:
+        """A change of the file that does not work must not cost a guest the network that it had."""
+        if self._fallback is None:
+            return
+        self.plan, self._fallback = self._fallback, None
+        self._emit(
+            "link.notice",
+            notice=f"passt does not come up with its new options, so the old ones stay: {error.message}",
         )
-        self._emit("passt.started", pid=passt.pid)
-        await passt.wait_until_alive(ours, self.plan.mac)
-        self._be_up(passt_pid=passt.pid)
-        tasks.start_soon(self._watch_process, passt)
+        self._post(Event.RENEW)
 
-    async def _claim_passt(self, tasks: TaskGroup) -> None:
-        # A supervisor whose passts are all its own has no use for what this imports.
-        from qrapd import probe
-
-        if self.plan.source != "probe":
-            paths = [self.plan.source]
-        elif self.plan.pattern is not None:
-            paths = probe.default_paths(self.plan.pattern)
+    async def _swap(self) -> None:
+        connection, qmp = self._connection, self._qmp
+        assert connection is not None
+        assert qmp is not None
+        self._around.note_change()
+        try:
+            connection.introduce(self.plan.mac, self.plan.guest_addresses)
+            await self._hub.swap(qmp, connection.stream.fd)
+        except QmpFailed as error:
+            self._error = error
+            self._post(Event.SWAP_FAILED)
         else:
-            paths = probe.default_paths()
-        found = await probe.claim(
-            paths,
-            allowed_uids=self.plan.allowed_uids,
-            say=lambda text: self._emit("link.notice", notice=text),
-        )
-        self._stream = HeldStream(found.socket)
-        self._be_up(passt_pid=found.pid, path=found.path)
-        tasks.start_soon(self._watch_stream, self._stream, found.path)
+            self._post(Event.SWAPPED)
 
-    def _be_up(self, *, passt_pid: int | None, path: str | None = None) -> None:
-        self.state = LinkState.UP
+    def _tell_connected(self) -> None:
+        assert self._connection is not None
         self.generation = FIRST_GENERATION
         self._emit(
             "link.connected",
             generation=self.generation,
             source=self.plan.source,
-            passt_pid=passt_pid,
-            socket=path,
+            passt_pid=self._connection.pid,
+            socket=self._connection.path,
         )
 
-    async def _watch_process(self, passt: Passt) -> None:
-        status = await passt.wait()
-        if self.state is not LinkState.UP:
-            return  # being released: an end that is wanted
-        self._emit("passt.exited", pid=passt.pid, **status.fields)
-        self._be_lost("exited", passt.explain_end(status))
+    def _tell_restored(self) -> None:
+        assert self._connection is not None
+        assert self._loss is not None
+        outage = time.monotonic() - self._loss.at
+        self.generation += 1
+        self._loss = self._fallback = None
+        self._forget_listeners()
+        self._backoff.succeed()
+        self._emit(
+            "link.restored",
+            generation=self.generation,
+            outage_ms=round(outage * 1000, 1),
+            source=self.plan.source,
+            passt_pid=self._connection.pid,
+            socket=self._connection.path,
+        )
 
-    async def _watch_stream(self, stream: HeldStream, path: str) -> None:
-        with self._watching:
-            await stream.wait_until_hung_up()
-            gone = Unavailable(
-                f"the passt at {path} hung up before the VM was ready",
-                hint="see why it ended, in its own log; `qrapd probe` says what listens now",
-            )
-            self._be_lost("hangup", gone)
+    # --- being lost -----------------------------------------------------------------------------------
 
-    def _be_lost(self, reason: str, error: Unavailable) -> None:
-        self.state = LinkState.LOST
-        self._emit("link.lost", generation=self.generation, reason=reason)
-        self._on_loss(error)
+    def _note_hang_up(self, connection: Connection) -> None:
+        connection.hung_up = True
+        self._lose(connection, "hangup")
 
-    async def release(self) -> None:
-        """Let go of the stream and see a passt of ours off. Not cancellable: nothing may be left behind."""
-        lost = self.state is LinkState.LOST
-        self.state = LinkState.ENDED
-        self._watching.cancel()
-        if self._stream is not None:
-            self._stream.close()
-        if self._passt is None:
-            return
-        with anyio.CancelScope(shield=True):
-            status = await self._passt.end()
-        if not lost:
-            self._emit("passt.exited", pid=self._passt.pid, **status.fields)
-        self._passt = None
+    def _lose(self, connection: Connection, reason: str, detail: str | None = None) -> None:
+        if connection is not self._connection:
+            return  # replaced since
+        if self._loss is None:
+            self._loss = _Loss(reason, time.monotonic(), detail)
+        self._post(Event.LOST)
+
+    async def _reap(self) -> None:
+        event = Event.REAPED
+        if connection := self._connection:
+            await self._bury(connection)
+            if connection.crashed:
+                self._error = connection.explain_end()
+                event = Event.CRASHED
+        self._post(event)
+
+    async def _report_loss(self) -> None:
+        connection = self._connection
+        assert connection is not None
+        await self._bury(connection)
+        self._around.note_failed_start(connection.explain_end())
+
+    async def _bury(self, connection: Connection) -> None:
+        """See a passt off, and tell of its loss: first, where its end is still to come, for that may take a while."""
+        loss = self._loss
+        assert loss is not None
+        if connection.hung_up:
+            await connection.wait_for_end(HANG_UP_GRACE)
+        if connection.status is None:
+            self._tell_lost(loss)
+        elif loss.reason == "hangup":
+            loss.reason = "exited"
+        await self._see_off(connection, kill=loss.reason == "stalled")
+        self._tell_lost(loss)
+
+    def _tell_lost(self, loss: _Loss) -> None:
+        """Once for each outage: a new passt that is lost again before the NIC had it prolongs the outage."""
+        if not loss.told:
+            loss.told = True
+            self._emit("link.lost", generation=self.generation, reason=loss.reason, detail=loss.detail)
+
+    async def _see_off(self, connection: Connection, *, kill: bool = False) -> None:
+        self._around.hang_ups.remove(connection.stream)
+        await connection.see_off(kill=kill)
+        self._connection = None
+        if connection.passt is not None and connection.status is not None:
+            self._emit("passt.exited", pid=connection.passt.pid, **connection.status.fields)
+
+    def _plan_retry(self) -> None:
+        assert self._error is not None
+        delay = self._backoff.fail(time.monotonic())
+        self._emit(
+            "link.failed",
+            attempts=self._backoff.attempts,
+            retry_in_ms=None if delay is None else round(delay * 1000),
+            error=self._error.message,
+            hint=self._error.hint,
+        )
+        if delay is None:
+            self._post(Event.GAVE_UP)
+        if delay is not None or self._listeners is not None:
+            self._begin(partial(self._wait, math.inf if delay is None else delay))
+
+    async def _wait(self, delay: float) -> None:
+        with anyio.move_on_after(delay):
+            if self._listeners is None:
+                await anyio.sleep_forever()
+            else:
+                await self._listeners.wait()
+                self._post(Event.RENEW)
+                return
+        self._post(Event.DELAY_OVER)
+
+    def _watch_listeners(self) -> None:
+        """From before the attempt on: who comes to listen while it fails is not to be missed."""
+        self._forget_listeners()
+        if self.plan.source != "managed" and self._loss is not None:
+            self._listeners = watch_listeners(self.plan, self._emit).__enter__()
+
+    def _forget_listeners(self) -> None:
+        if self._listeners is not None:
+            self._listeners.__exit__()
+            self._listeners = None

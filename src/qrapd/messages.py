@@ -34,10 +34,21 @@ EVENTS: Mapping[str, EventKind] = {
     ),
     "vm.stopping": EventKind("info", "bdca7c9988f9472f9fa59dbb64d95d9d", "stopping ({how})"),
     "vm.exited": EventKind("info", "8a4b3ad50c194cebafd597a071391d13", "ended: {reason}"),
+    "vm.restarting": EventKind(
+        "warning",
+        "7d58ed766f704eb8a3a0ffc01e83a4eb",
+        "starting again in {delay_ms} ms, for the {attempts}. time in a row",
+    ),
+    "vm.reloaded": EventKind(
+        "info",
+        "739aeca561dd45e68af93352bd95821f",
+        "the file was read again: applied {applied}; another passt for the links {links}; "
+        "needing a restart of the VM {needs_restart}",
+    ),
     "vm.reload_refused": EventKind(
         "warning",
         "80d011dd228c4052aa7e4f524af64493",
-        "SIGHUP came, but this version cannot re-read a file: restart the VM to apply changes",
+        "the file was not read again, all stays as it is: {error}",
     ),
     "passt.started": EventKind("info", "edbad456b46641bfab9ea564db6915a6", "passt started as pid {pid}"),
     "passt.exited": EventKind("info", "412b4911d63147229e244bbd6bff21ff", "passt (pid {pid}) ended"),
@@ -52,6 +63,16 @@ EVENTS: Mapping[str, EventKind] = {
         "error",
         "e60a205da3a34172b3710169c93dfde0",
         "lost its passt ({reason}): the guest has no network on this NIC",
+    ),
+    "link.restored": EventKind(
+        "info",
+        "e5e4db7b16b84a7a98bcd4a317c1010c",
+        "back after {outage_ms} ms on another passt (pid {passt_pid}), generation {generation}",
+    ),
+    "link.failed": EventKind(
+        "error",
+        "8dde992c2d3c4d1fa8284503465a1f7d",
+        "no new passt ({attempts}. attempt): {error}",
     ),
     "qemu.output": EventKind("warning", "c14d0e9b1bce421f93f0439804498a95", "qemu: {line}"),
     "guest.console": EventKind("info", "dfa19d94e91a4a34b6ebf68d29a16143", "{line}"),

@@ -43,8 +43,10 @@ def command_line(argv: Sequence[str], fd: int | str) -> list[str]:
 class Passt:
     """A running passt. ``words`` holds the last lines that it wrote."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, program: Path) -> None:
         self._process = process
+        self._program = program
+        self._identity = _identify(program)
         self._silent = anyio.Event()
         self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
 
@@ -57,6 +59,12 @@ class Passt:
     def start_time(self) -> int:
         """Clock ticks since boot, to tell this process from a later one with the same pid."""
         return self._process.start_time
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the program has been replaced since this process was started from it."""
+        now = _identify(self._program)
+        return now is not None and now != self._identity
 
     @classmethod
     async def start(
@@ -80,7 +88,7 @@ class Passt:
                 process = await spawn(command_line(argv, fd), pass_fds=[fd], directory=directory)
             except OSError as error:
                 raise cannot_run(argv[0], directory, error) from error
-        passt = cls(process)
+        passt = cls(process, Path(argv[0]))
         tasks.start_soon(passt._listen, tell)
         return passt
 
@@ -131,9 +139,12 @@ class Passt:
             await self._silent.wait()
         return status
 
-    async def end(self) -> ExitStatus:
-        """See passt off. It goes by itself when both ends of its stream but its own are closed."""
-        status = await self._process.end(END_GRACE)
+    async def end(self, *, kill: bool = False) -> ExitStatus:
+        """See passt off. It goes by itself when its client has hung up.
+
+        :param kill: do not wait for that, as one that hangs does not.
+        """
+        status = await self._process.end(END_GRACE, kill=kill)
         self._process.close()
         with anyio.move_on_after(END_GRACE):
             await self._silent.wait()
@@ -152,6 +163,15 @@ class Passt:
         """Why passt ended before the VM was up, in its own words."""
         last = self.words[-1] if self.words else "(nothing)"
         return Unavailable(f"passt ended at once ({status}). It wrote: {last}", hint=suggest(last))
+
+
+def _identify(program: Path) -> tuple[int, ...] | None:
+    """What changes when a package puts another file in a program's place; None where there is none."""
+    try:
+        status = program.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 async def _ask_for_answer(peer: socket.socket, mac: str) -> None:

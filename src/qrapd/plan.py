@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from qrapd import __version__, binaries
-from qrapd.config import Link, VmConfiguration, chooses_accelerator
+from qrapd.config import Link, Restart, VmConfiguration, VmFile, chooses_accelerator
 from qrapd.errors import ConfigurationError, Problem, Unavailable
 from qrapd.passt_options import check_against_help, read_help
 from qrapd.passt_options import command_line as passt_command_line
-from qrapd.qemu_arguments import Endpoints, command_line
+from qrapd.qemu_arguments import Endpoints, command_line, nic_id
 from qrapd.runtime_directory import SUN_PATH_MAX
 
 __all__ = ["LinkPlan", "Plan", "resolve"]
@@ -28,13 +28,21 @@ class LinkPlan:
     source: str
     """``managed``, ``probe``, or the path of a passt's socket"""
     mac: str
-    """the guest's, in whose name a managed passt is asked for a sign of life; \"\" where none is managed"""
+    """the guest's, in whose name a managed passt is asked for a sign of life; \"\" where it is not known"""
+    hub: int
+    """the id of the hub behind which the NIC sits"""
+    nic: str | None
+    """the id of the NIC's device in QEMU, where it is known"""
     passt: tuple[str, ...] = ()
     """program and options of a managed passt, without ``--foreground --fd N``"""
     allowed_uids: frozenset[int] = frozenset()
     """users whose listeners are trusted beside our own, root's and passt's"""
     pattern: str | None = None
     """for ``probe``: the sockets' paths, with ``{n}`` for their numbers; None: passt's own names"""
+    stall_timeout: float = 5.0
+    """seconds that passt may leave bytes unread; 0: for ever"""
+    guest_addresses: tuple[str, ...] = ()
+    """of a guest that does not use its lease"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Plan:
     powerdown_timeout: float
     quit_timeout: float
     """seconds, as in the VM's file"""
+    restart: Restart = field(default_factory=Restart)
+    """whether a VM that has ended is started again; its limits hold for a lost passt, too"""
+    file: VmFile | None = None
+    """what it was made from"""
     console: bool = True
     """whether the guest's first serial port is read"""
     kvm: bool = False
@@ -105,18 +117,27 @@ def resolve(configuration: VmConfiguration) -> Plan:
         quit_timeout=configuration.qemu.quit_timeout,
         console=configuration.qemu.console != "none",
         kvm=kvm,
+        file=configuration.file,
+        restart=configuration.restart,
     )
 
 
 def _plan_link(index: int, configuration: VmConfiguration, passt: str | None) -> LinkPlan:
     link = configuration.links[index]
-    if passt is None:
-        source = link.source
-        if "/" in source:
-            source = str(configuration.path.parent / source)
-        return LinkPlan(index, source, "", allowed_uids=frozenset(link.allow_uids))
-    options = passt_command_line(link.passt)
-    return LinkPlan(index, link.source, configuration.mac(index), (passt, *options))
+    source = link.source
+    if "/" in source:
+        source = str(configuration.path.parent / source)
+    return LinkPlan(
+        index=index,
+        source=source,
+        mac=configuration.mac(index),
+        hub=index,
+        nic=nic_id(index),
+        passt=() if passt is None else (passt, *passt_command_line(link.passt)),
+        allowed_uids=frozenset(link.allow_uids),
+        stall_timeout=link.stall_timeout,
+        guest_addresses=tuple(link.guest_addresses),
+    )
 
 
 def _find_binary(name: str, configuration: VmConfiguration) -> str:
@@ -166,13 +187,6 @@ def _unsupported(configuration: VmConfiguration) -> Iterator[Problem]:
                 value=repr(link.mode),
                 hint="use mode = 'swap', the default",
             )
-    if configuration.restart.policy != "never":
-        yield Problem(
-            "restart.policy",
-            f"is not supported by qrapd {__version__}",
-            value=repr(configuration.restart.policy),
-            hint="leave it at 'never'; under systemd, Restart= in the unit restarts the VM",
-        )
 
 
 def _lacking_options(index: int, link: Link, binary: str) -> list[Problem]:

@@ -33,6 +33,20 @@ _PIPE_SIZE = 256 * 1024
 _READ_SIZE = 64 * 1024
 
 
+_SIGNALS_OF_A_CRASH = frozenset(
+    {
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    }
+)
+"""What a process gets for its own doing: signal(7), and seccomp(2) for SIGSYS."""
+
+
 @dataclass(frozen=True)
 class ExitStatus:
     """How a process ended: by an exit code, or by a signal."""
@@ -46,6 +60,13 @@ class ExitStatus:
         if returncode < 0:
             return cls(signal=-returncode)
         return cls(exit_code=returncode)
+
+    @property
+    def is_crash(self) -> bool:
+        """Whether the process came to grief by itself: a signal such as SIGKILL or SIGTERM is somebody's wish."""
+        if self.signal is not None:
+            return self.signal in _SIGNALS_OF_A_CRASH
+        return self.exit_code != 0
 
     @property
     def fields(self) -> dict[str, int]:
@@ -93,8 +114,14 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
-    async def end(self, grace: float) -> ExitStatus:
-        """See the process off: up to ``grace`` seconds to go by itself, as long again after SIGTERM, then SIGKILL."""
+    async def end(self, grace: float, *, kill: bool = False) -> ExitStatus:
+        """See the process off: up to ``grace`` seconds to go by itself, as long again after SIGTERM, then SIGKILL.
+
+        :param kill: begin with SIGKILL.
+        """
+        if kill:
+            self.send_signal(signal.SIGKILL)
+            return await self.wait()
         for number in (signal.SIGTERM, signal.SIGKILL):
             with anyio.move_on_after(grace):
                 return await self.wait()

@@ -6,7 +6,7 @@ and a hub's port can, without the guest seeing its carrier change (measured with
 
     NIC -- hubport linkN-nic -- hub N -- hubport linkN-port1 -- netdev linkN-stream1 -- fd
 
-The number after ``port`` and ``stream`` is the link's generation.
+The number after ``port`` and ``stream`` grows with each new stream.
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ from dataclasses import dataclass
 
 from qrapd.config import VmConfiguration, chooses_accelerator
 
-__all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor"]
+__all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor", "nic_id", "stream_ids"]
 
 FIRST_GENERATION = 1
+
+
+def nic_id(link: int) -> str:
+    """The id of a link's NIC."""
+    return f"link{link}"
+
+
+def stream_ids(link: int, number: int) -> tuple[str, str]:
+    """The ids of a link's hub port and of the netdev behind it, in the order in which they can be deleted.
+
+    :param number: of the streams that this QEMU was given for the link, from FIRST_GENERATION on.
+    """
+    return f"link{link}-port{number}", f"link{link}-stream{number}"
 
 
 @dataclass(frozen=True)
@@ -83,10 +96,10 @@ def _network(configuration: VmConfiguration, streams: Sequence[int | str]) -> It
         # Without any word on it QEMU would give the guest a NIC on its own user-mode network.
         yield from ("-nic", "none")
     for index, (link, fd) in enumerate(zip(configuration.links, streams, strict=True)):
-        stream = f"link{index}-stream{FIRST_GENERATION}"
+        port, stream = stream_ids(index, FIRST_GENERATION)
         yield from ("-netdev", f"socket,id={stream},fd={fd}")
-        yield from ("-netdev", f"hubport,id=link{index}-port{FIRST_GENERATION},hubid={index},netdev={stream}")
+        yield from ("-netdev", f"hubport,id={port},hubid={index},netdev={stream}")
         yield from ("-netdev", f"hubport,id=link{index}-nic,hubid={index}")
         model, _, properties = link.device.partition(",")
-        own = f"{model},id=link{index},netdev=link{index}-nic,mac={configuration.mac(index)}"
+        own = f"{model},id={nic_id(index)},netdev=link{index}-nic,mac={configuration.mac(index)}"
         yield from ("-device", f"{own},{properties}" if properties else own)

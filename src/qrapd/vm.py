@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,16 @@ import anyio
 from anyio.abc import TaskGroup
 
 from qrapd import record
+from qrapd.backoff import Backoff
 from qrapd.errors import QmpFailed, QrapdError, Unavailable
 from qrapd.lifecycle import DEADLINES, Action, Deadline, Event, Reason, State, advance, judge_exit
-from qrapd.link import Link
+from qrapd.link import Link, Surroundings
 from qrapd.logs import Emit
 from qrapd.plan import Plan
 from qrapd.process import ExitStatus
 from qrapd.qemu import Qemu
 from qrapd.runtime_directory import VmDirectory
+from qrapd.stream import HangUpWatch
 
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
@@ -58,7 +60,16 @@ class Vm:
         self.state = State.NEW
         self._directory = directory
         self._emit: Emit = partial(emit, vm=plan.name)
-        self._links = [Link(link, plan.passt_directory, self._emit, self._note_loss) for link in plan.links]
+        self._hang_ups = HangUpWatch()
+        around = Surroundings(
+            directory=plan.passt_directory,
+            emit=self._emit,
+            hang_ups=self._hang_ups,
+            note_change=self._write_record,
+            note_failed_start=self._note_failed_start,
+        )
+        limits = plan.restart
+        self.links = [Link(link, Backoff(limits.limit, limits.window), around) for link in plan.links]
         self._qemu: Qemu | None = None
         self._qmp: Qmp | None = None
         self._status: ExitStatus | None = None
@@ -71,6 +82,8 @@ class Vm:
         self._start_settled = anyio.Event()
         self._machine = "unknown"
         self._greeted = False
+        self.ready = anyio.Event()
+        """set once the machine has run"""
 
     # --- from outside ---------------------------------------------------------------------------------
 
@@ -80,10 +93,25 @@ class Vm:
         self._stop_requested = True
         self._post(event)
 
+    def reload(self, plan: Plan) -> list[int]:
+        """Apply what another version of the VM's file changes and a machine that runs can take.
+
+        Returns the links that get another passt for it.
+        """
+        self.plan = replace(
+            self.plan,
+            powerdown_timeout=plan.powerdown_timeout,
+            quit_timeout=plan.quit_timeout,
+        )
+        return [
+            link.plan.index for link, new in zip(self.links, plan.links, strict=False) if link.reload(new)
+        ]
+
     async def run(self) -> Outcome:
         """Live the VM's whole life. When this returns or is cancelled, nothing of the VM is left."""
         try:
             async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._hang_ups.run)
                 self._post(Event.START)
                 while self.state is not State.ENDED:
                     event, number = await self._inbox.receive()
@@ -138,7 +166,11 @@ class Vm:
 
     def _announce_ready(self) -> None:
         assert self._qemu is not None
-        self._emit("vm.ready", qemu_pid=self._qemu.pid, status=self._machine, links=len(self._links))
+        assert self._qmp is not None
+        for link in self.links:
+            link.heal_with(self._qmp)
+        self.ready.set()
+        self._emit("vm.ready", qemu_pid=self._qemu.pid, status=self._machine, links=len(self.links))
 
     def _seconds(self, deadline: Deadline) -> float:
         match deadline:
@@ -164,7 +196,7 @@ class Vm:
         try:
             with self._start_scope:
                 async with anyio.create_task_group() as starting:
-                    for link in self._links:
+                    for link in self.links:
                         starting.start_soon(link.start, tasks)
                 self._post(Event.LINKS_UP)
         except* QrapdError as group:
@@ -173,14 +205,13 @@ class Vm:
         finally:
             self._start_settled.set()
 
-    def _note_loss(self, error: Unavailable) -> None:
-        if self.state in {State.LINKING, State.LAUNCHING, State.CONNECTING}:
-            self._error = error
-            self._post(Event.LINKS_FAILED)
+    def _note_failed_start(self, error: Unavailable) -> None:
+        self._error = error
+        self._post(Event.LINKS_FAILED)
 
     async def _spawn_qemu(self, tasks: TaskGroup) -> None:
         try:
-            streams = [link.stream_fd for link in self._links]
+            streams = [link.stream_fd for link in self.links]
             self._qemu = qemu = await Qemu.spawn(self.plan, self._directory, streams)
         except QrapdError as error:
             self._error = error
@@ -192,17 +223,18 @@ class Vm:
             lambda line: self._emit("guest.console", line=line),
         )
         tasks.start_soon(self._watch_qemu, qemu)
-        self._write_record(qemu)
+        self._write_record()
         self._emit("vm.started", qemu_pid=qemu.pid)
         self._post(Event.QEMU_SPAWNED)
 
-    def _write_record(self, qemu: Qemu) -> None:
-        passts = (link.process_id for link in self._links)
+    def _write_record(self) -> None:
+        assert self._qemu is not None
+        passts = (link.process_id for link in self.links)
         try:
             record.write(
                 self._directory.record_path,
                 record.Record(
-                    record.ProcessId(qemu.pid, qemu.process.start_time),
+                    record.ProcessId(self._qemu.pid, self._qemu.process.start_time),
                     tuple(passt for passt in passts if passt is not None),
                 ),
             )
@@ -276,7 +308,7 @@ class Vm:
     async def _release_links(self) -> None:
         await self._start_settled.wait()
         async with anyio.create_task_group() as releasing:
-            for link in self._links:
+            for link in self.links:
                 releasing.start_soon(link.release)
         self._post(Event.LINKS_DOWN)
 
@@ -318,8 +350,9 @@ class Vm:
                 if self._qemu.process.alive:
                     self._status = await self._qemu.process.end(self.plan.quit_timeout)
                 self._qemu.process.close()
-            for link in self._links:
+            for link in self.links:
                 await link.release()
+            self._hang_ups.close()
 
 
 async def _has_spoken(monitor: socket.socket) -> bool:

@@ -63,7 +63,7 @@ def plan_wrap(
         command_line=partial(wrapped.command_line, binary=qemu),
         directory=here,
         passt_directory=here,
-        links=(LinkPlan(0, "probe", "", allowed_uids=allowed_uids, pattern=pattern),),
+        links=(LinkPlan(0, "probe", "", wrapped.hub, None, allowed_uids=allowed_uids, pattern=pattern),),
         powerdown_timeout=powerdown_timeout,
         quit_timeout=quit_timeout,
         console=False,

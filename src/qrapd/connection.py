@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A stream to a passt that answers: a passt of our own, started for it, or one that somebody else runs."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio.abc import TaskGroup
+
+from qrapd import frames
+from qrapd.errors import Unavailable
+from qrapd.logs import Emit
+from qrapd.passt import Passt
+from qrapd.plan import LinkPlan
+from qrapd.process import ExitStatus
+from qrapd.record import ProcessId
+from qrapd.stream import HangUpWatch, HeldStream
+
+if TYPE_CHECKING:
+    from qrapd.listeners import ListenerWatch
+
+__all__ = ["Connection", "acquire", "watch_listeners"]
+
+SHORT_LIFE = 1.0
+"""Seconds. A passt that crashes sooner than this would do so again and again."""
+
+
+@dataclass
+class Connection:
+    """QEMU's end of a stream, and who serves the other one."""
+
+    stream: HeldStream
+    passt: Passt | None
+    """one of our own"""
+    pid: int | None
+    """passt's, where it can be told"""
+    path: str | None
+    """of the socket of a passt that is not ours"""
+    status: ExitStatus | None = None
+    """how our passt has ended"""
+    hung_up: bool = False
+    _since: float = field(default_factory=time.monotonic)
+
+    @property
+    def process_id(self) -> ProcessId | None:
+        """The passt of ours."""
+        if self.passt is None:
+            return None
+        return ProcessId(self.passt.pid, self.passt.start_time)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether our passt has ended at once, and not because somebody wanted it to."""
+        short_lived = time.monotonic() < self._since + SHORT_LIFE
+        return short_lived and self.status is not None and self.status.is_crash
+
+    def explain_end(self) -> Unavailable:
+        """Why it is over, in passt's own words where we have them."""
+        if self.passt is not None and self.status is not None:
+            return self.passt.explain_end(self.status)
+        who = f"the passt at {self.path}" if self.path else "passt"
+        return Unavailable(
+            f"{who} hung up", hint="see why, in its own log; `qrapd probe` says what listens now"
+        )
+
+    def watch(self, hang_ups: HangUpWatch, tasks: TaskGroup, tell: Callable[[], None]) -> None:
+        """Call ``tell`` when the other end has hung up, and when our passt has ended: perhaps twice."""
+        hang_ups.add(self.stream, tell)
+        if self.passt is not None:
+            tasks.start_soon(self._watch_process, self.passt, tell)
+
+    async def _watch_process(self, passt: Passt, tell: Callable[[], None]) -> None:
+        self.status = await passt.wait()
+        tell()
+
+    async def wait_for_end(self, seconds: float) -> None:
+        """Give our passt so long to end by itself."""
+        if self.passt is not None:
+            with anyio.move_on_after(seconds):
+                self.status = await self.passt.wait()
+
+    async def see_off(self, *, kill: bool = False) -> None:
+        """Hang up, whoever else holds this end, and see our passt to its end. Not cancellable: nothing may be left.
+
+        :param kill: without asking it first.
+        """
+        self.stream.hang_up()
+        self.stream.close()
+        if self.passt is not None:
+            with anyio.CancelScope(shield=True):
+                self.status = await self.passt.end(kill=kill)
+
+    def introduce(self, mac: str, addresses: tuple[str, ...]) -> None:
+        """Make a guest known that does not use its lease. Only before QEMU has the stream: their bytes would mix."""
+        for frame in frames.introductions(frames.parse_mac(mac), addresses):
+            self.stream.socket.send(frame)
+
+
+async def acquire(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup) -> Connection:
+    """Get a stream to a passt that answers.
+
+    :param directory: where a passt of ours works.
+    :param tasks: where the task runs that hands on what it writes.
+    :raise Unavailable: passt cannot be run, ended (its words are quoted), does not answer, or is not found.
+    """
+    if plan.source == "managed":
+        return await _start_passt(plan, directory, emit, tasks)
+    return await _claim_passt(plan, emit)
+
+
+async def _start_passt(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup) -> Connection:
+    ours, passts = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    stream = HeldStream(ours)
+    try:
+        passt = await Passt.start(
+            plan.passt,
+            passts,
+            directory=directory,
+            tasks=tasks,
+            tell=lambda line: emit("passt.output", line=line),
+        )
+    except BaseException:
+        stream.close()
+        raise
+    connection = Connection(stream, passt, passt.pid, None)
+    emit("passt.started", pid=passt.pid)
+    try:
+        await passt.wait_until_alive(ours, plan.mac)
+    except BaseException:
+        await connection.see_off()
+        assert connection.status is not None
+        emit("passt.exited", pid=passt.pid, **connection.status.fields)
+        raise
+    return connection
+
+
+async def _claim_passt(plan: LinkPlan, emit: Emit) -> Connection:
+    # A supervisor whose passts are all its own has no use for what this imports.
+    from qrapd import probe
+
+    found = await probe.claim(
+        candidate_paths(plan),
+        allowed_uids=plan.allowed_uids,
+        say=lambda text: emit("link.notice", notice=text),
+    )
+    found.socket.setblocking(False)
+    return Connection(HeldStream(found.socket), None, found.pid, found.path)
+
+
+def watch_listeners(plan: LinkPlan, emit: Emit) -> ListenerWatch:
+    """What tells of a new listener where a passt that is not ours may be. To be entered before an attempt."""
+    from qrapd import probe
+    from qrapd.listeners import ListenerWatch
+
+    return ListenerWatch(
+        candidate_paths(plan),
+        allowed=probe.default_uids() | plan.allowed_uids,
+        say=lambda text: emit("link.notice", notice=text),
+    )
+
+
+def candidate_paths(plan: LinkPlan) -> list[str]:
+    """Where a passt that is not ours may listen."""
+    from qrapd import probe
+
+    if plan.source != "probe":
+        return [plan.source]
+    return probe.default_paths(plan.pattern) if plan.pattern is not None else probe.default_paths()
