@@ -32,7 +32,7 @@ LAYERS = [
     ["connection", "hub"],
     # one peer each
     ["listeners", "passt", "probe", "qemu", "qmp", "stream"],
-    ["wrap"],
+    ["running", "wrap"],
     # what is to be started here, and what was
     ["plan", "record", "vm_files"],
     # the operating system

@@ -34,6 +34,11 @@ class ProcessId:
         except ProcessLookupError:
             return False
 
+    @classmethod
+    def of_this(cls) -> ProcessId:
+        """The process that asks."""
+        return cls(os.getpid(), start_time(os.getpid()))
+
 
 @dataclass(frozen=True)
 class Record:
@@ -41,6 +46,8 @@ class Record:
 
     qemu: ProcessId
     passts: tuple[ProcessId, ...] = ()
+    supervisor: ProcessId | None = None
+    """whoever wrote this"""
 
 
 def write(path: Path, record: Record) -> None:
@@ -59,6 +66,7 @@ def read(path: Path) -> Record | None:
         return Record(
             qemu=ProcessId(**data["qemu"]),
             passts=tuple(ProcessId(**process) for process in data["passts"]),
+            supervisor=ProcessId(**data["supervisor"]) if data.get("supervisor") else None,
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

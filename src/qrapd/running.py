@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM that runs under a supervisor elsewhere: who that is, and word sent to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from qrapd import record
+from qrapd.errors import Unavailable
+from qrapd.record import ProcessId
+from qrapd.runtime_directory import VmDirectory
+
+__all__ = ["find_supervisor", "tell"]
+
+
+def find_supervisor(base: Path, name: str) -> ProcessId:
+    """Who supervises the VM ``name``.
+
+    :param base: the runtime directory that it was started with.
+    :raise Unavailable: nobody does, or it cannot be told.
+    """
+    directory = VmDirectory(base, name)
+    found = record.read(directory.record_path)
+    if found is not None and found.supervisor is not None and found.supervisor.alive:
+        return found.supervisor
+    if not os.access(directory.path, os.R_OK | os.X_OK) and directory.path.exists():
+        raise Unavailable(
+            f"the directory {directory.path} of the VM {name} is closed to this user",
+            hint="do this as the user who runs the VM",
+        )
+    raise Unavailable(
+        f"no VM {name} runs under a supervisor, as far as {base} tells",
+        hint="start it: `qrapd run`; or name the runtime directory that it was started with: --runtime-dir DIR",
+    )
+
+
+def tell(process: ProcessId, number: signal.Signals) -> None:
+    """Send a signal to exactly this process.
+
+    :raise Unavailable: it has ended meanwhile, or is another user's.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            # Between the two the pid was not given to another: the pidfd names who has it now, and that is checked.
+            if not process.alive:
+                raise ProcessLookupError
+            signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
+    except ProcessLookupError:
+        raise Unavailable(f"the supervisor (pid {process.pid}) has just ended") from None
+    except PermissionError:
+        raise Unavailable(
+            f"the supervisor (pid {process.pid}) is another user's", hint="do this as that user, or as root"
+        ) from None
