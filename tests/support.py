@@ -64,11 +64,17 @@ def write_vm(
     append: str = "",
     args: Sequence[str] = (),
     qemu: str = "",
+    link_lines: str = "",
+    passt_lines: str = "",
+    host: str = "127.0.0.1",
 ) -> VmFile:
     """Write NAME.toml: with the tiny guest, or with a machine that has nothing to boot.
 
     :param append: more words for the guest's kernel command line.
     :param qemu: more lines for the table [qemu].
+    :param link_lines: more lines for each table [[link]].
+    :param passt_lines: more lines for each table [link.passt].
+    :param host: the host's address at which the guest's HTTP can be had.
     """
     ports = [free_port() for _ in range(links)]
     argv = ["-machine", "q35", "-no-reboot", *args]
@@ -79,7 +85,7 @@ def write_vm(
         argv += ["-append", f"{guest.command_line} {append}"]
     text = f"[qemu]\nargs = {json.dumps(argv)}\n{qemu}\n"
     for port in ports:
-        text += f'[[link]]\n[link.passt]\ntcp_ports = ["127.0.0.1/{port}:80"]\n'
+        text += f'[[link]]\n{link_lines}\n[link.passt]\ntcp_ports = ["{host}/{port}:80"]\n{passt_lines}\n'
     path = directory / f"{name}.toml"
     path.write_text(text)
     return VmFile(path, ports)

@@ -13,6 +13,7 @@ from qrapd.config import VmConfiguration, parse
 from qrapd.errors import ConfigurationError, Problem, Unavailable
 from qrapd.plan import LinkPlan, resolve
 from qrapd.qemu_arguments import Endpoints
+from qrapd.vital_signs import ListenAddress
 
 ALL_OPTIONS = (Path(__file__).parent / "data" / "passt-help-2023.txt").read_text()
 
@@ -69,7 +70,17 @@ def test_each_link_has_a_passt(tmp_path: Path, program: Path, passt: Path) -> No
     )
     assert (
         LinkPlan(
-            0, "managed", vm.mac(0), 0, "link0", (str(passt), "--tcp-ports", "80", "--tcp-ports", "::1/22")
+            0,
+            "managed",
+            vm.mac(0),
+            0,
+            "link0",
+            (str(passt), "--tcp-ports", "80", "--tcp-ports", "::1/22"),
+            listen_addresses=(
+                ListenAddress("0.0.0.0", 80),
+                ListenAddress("::", 80),
+                ListenAddress("::1", 22),
+            ),
         ),
         LinkPlan(1, "managed", vm.mac(1), 1, "link1", (str(passt), "--no-ra", "--mtu", "1500")),
     ) == resolve(vm).links

@@ -56,9 +56,13 @@ class Connection:
 
     @property
     def crashed(self) -> bool:
-        """Whether our passt has ended at once, and not because somebody wanted it to."""
-        short_lived = time.monotonic() < self._since + SHORT_LIFE
-        return short_lived and self.status is not None and self.status.is_crash
+        """Whether our passt has come to grief by itself."""
+        return self.status is not None and self.status.is_crash
+
+    @property
+    def has_proved_itself(self) -> bool:
+        """Whether it has lasted for some time."""
+        return time.monotonic() >= self._since + SHORT_LIFE
 
     def explain_end(self) -> Unavailable:
         """Why it is over, in passt's own words where we have them."""
@@ -144,11 +148,14 @@ async def _claim_passt(plan: LinkPlan, emit: Emit) -> Connection:
     # A supervisor whose passts are all its own has no use for what this imports.
     from qrapd import probe
 
-    found = await probe.claim(
-        candidate_paths(plan),
-        allowed_uids=plan.allowed_uids,
-        say=lambda text: emit("link.notice", notice=text),
-    )
+    try:
+        found = await probe.claim(
+            candidate_paths(plan),
+            allowed_uids=plan.allowed_uids,
+            say=lambda text: emit("link.notice", notice=text),
+        )
+    except OSError as error:  # for want of an fd, say: a running VM must not end by it
+        raise Unavailable(f"no passt could be looked for: {error.strerror or error}") from error
     found.socket.setblocking(False)
     return Connection(HeldStream(found.socket), None, found.pid, found.path)
 

@@ -29,6 +29,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from qrapd import sock_diag
+
 __all__ = [
     "LONGEST_PATH",
     "Kind",
@@ -48,12 +50,7 @@ __all__ = [
     "read_program",
 ]
 
-# linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST_DUMP = 0x001 | 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_MESSAGE_HEADER = struct.Struct("=IHHII")
+# linux/unix_diag.h, linux/netlink.h
 _REQUEST = struct.Struct("=BBHIII2I")
 _SOCKET_HEADER = struct.Struct("=BBBxI2I")
 _ATTRIBUTE_HEADER = struct.Struct("=HH")
@@ -165,12 +162,9 @@ def dump_sockets(paths: Collection[str]) -> list[Socket]:
 def _dump_by_netlink(names: Collection[bytes]) -> Iterator[Socket]:
     show = _SHOW_NAME | _SHOW_VFS | _SHOW_PEER | _SHOW_QUEUES | _SHOW_UID
     states = 1 << _ESTABLISHED | 1 << _CLOSE | 1 << _LISTEN
-    request = _REQUEST.pack(socket.AF_UNIX, 0, 0, states, 0, show, 0, 0)
-    header = _MESSAGE_HEADER.pack(
-        _MESSAGE_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
-        netlink.send(header + request)
+    question = _REQUEST.pack(socket.AF_UNIX, 0, 0, states, 0, show, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, sock_diag.NETLINK_SOCK_DIAG) as netlink:
+        netlink.send(sock_diag.request(question, dump=True))
         done = False
         while not done:
             sockets, done = parse_diag(netlink.recv(_DUMP_SIZE), names)
@@ -183,28 +177,18 @@ def parse_diag(data: bytes, names: Collection[bytes]) -> tuple[list[Socket], boo
     :raise OSError: the kernel refuses the dump.
     """
     found: list[Socket] = []
-    start = 0
-    while start + _MESSAGE_HEADER.size <= len(data):
-        length, kind = _MESSAGE_HEADER.unpack_from(data, start)[:2]
-        if kind == _NLMSG_DONE:
-            return found, True
-        if kind == _NLMSG_ERROR:
-            (number,) = struct.unpack_from("=i", data, start + _MESSAGE_HEADER.size)
-            raise OSError(-number, os.strerror(-number))
-        if length < _MESSAGE_HEADER.size:
-            raise OSError(errno.EBADMSG, "the kernel sent a message without an end")
-        body = start + _MESSAGE_HEADER.size
+    messages, done = sock_diag.split_messages(data)
+    for start, end in messages:
         # The name comes first. Most sockets of a host are none of ours: these cost no more than this.
-        first = body + _SOCKET_HEADER.size
-        if first + 4 <= start + length:
+        first = start + _SOCKET_HEADER.size
+        if first + 4 <= end:
             size, attribute = _ATTRIBUTE_HEADER.unpack_from(data, first)
             if attribute == _NAME:
                 name = data[first + 4 : first + size].rstrip(b"\0")
-                stream = data[body + 1] == socket.SOCK_STREAM
+                stream = data[start + 1] == socket.SOCK_STREAM
                 if name[name.rfind(b"/") + 1 :] in names and name and stream:
-                    found.append(_parse_socket(data[body : start + length], name))
-        start += (length + 3) & ~3
-    return found, False
+                    found.append(_parse_socket(data[start:end], name))
+    return found, done
 
 
 def _parse_socket(message: bytes, name: bytes) -> Socket:

@@ -28,6 +28,8 @@ ends it; who sends Ethernet to a ``--vhost-user`` passt ends that. So:
 4. **Come again.** Who hangs up at once has a client. It is put off like those seen to be taken, and looked at again
    every 50 ms for 2.5 s: libvirt runs its emulator three times in a row, each time before the last has let go. One
    that has accepted nothing by then is no busy passt but a hung one: what waits may be a question of an earlier claim.
+   One that hangs up on all though nobody is connected, or stays silent, may be *poisoned*: its client was killed in the
+   middle of a frame, and it takes what the next ones say for the rest. It is named, also when another one is claimed.
 
 **Rivals.** When many claim at once, two must not hold what the other one waits for. An attempt therefore holds an
 advisory lock on its candidate, by the device and inode of the socket's file: whoever finds it locked goes on to the
@@ -106,7 +108,7 @@ async def claim(
 
     :param paths: default: :func:`default_paths`.
     :param allowed_uids: users whose listeners are accepted, beside :func:`default_uids`.
-    :param say: is told of each listener that is refused.
+    :param say: is told of each listener that is refused, and of those that should have answered before the claimed one.
     :raise Unavailable: none will do; says of each what it is, and what to do.
     """
     with Claiming(paths, allowed_uids, say) as claiming:

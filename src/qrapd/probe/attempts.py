@@ -17,7 +17,7 @@ from qrapd import unix_sockets
 from qrapd.frames import AnswerFinder, GarbageError, probe_request, sign_of_life_request
 
 from .candidates import State
-from .looking import Entry, Lookout
+from .looking import HUNG_UP, Entry, Lookout
 
 __all__ = [
     "ANSWER_TIMEOUT",
@@ -93,7 +93,8 @@ class Attempts:
     def __init__(
         self, paths: Sequence[str], allowed: Collection[int], say: Callable[[str], None] | None
     ) -> None:
-        self._lookout = Lookout(allowed, say or _say_nothing)
+        self._say = say or _say_nothing
+        self._lookout = Lookout(allowed, self._say)
         self._entries = [Entry(index, path) for index, path in enumerate(dict.fromkeys(paths))]
         self._under_way: dict[int, Attempt] = {}
         self._answered: list[Attempt] = []
@@ -226,7 +227,7 @@ class Attempts:
             return
         if not waiting or events & (select.EPOLLRDHUP | select.EPOLLHUP):
             self._drop(attempt)
-            entry.become(State.BUSY, "hung up at once")
+            entry.become(State.BUSY, HUNG_UP)
         elif answered:
             del self._under_way[attempt.connection.fileno()]
             self.events.unregister(attempt.connection)
@@ -263,7 +264,7 @@ def _say_nothing(_: str) -> None:
 def _explain(error: OSError) -> tuple[State, str]:
     """What an error of connect, send or recv says of a candidate."""
     if error.errno in {errno.ECONNRESET, errno.EPIPE}:
-        return State.BUSY, "hung up at once"
+        return State.BUSY, HUNG_UP
     if error.errno == errno.EAGAIN:
         return State.BUSY, "accepts no connection at present"
     if error.errno == errno.ECONNREFUSED:

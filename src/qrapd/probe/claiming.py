@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from qrapd import unix_sockets
 
-from .attempts import Attempts
+from .attempts import RAMP, Attempts
 from .candidates import State, advise, default_paths, fold, name_span
 from .identity import identify, sort_passts
-from .looking import STUCK, Entry
+from .looking import HANGS_UP, STUCK, Entry
 from .trusted_users import default_uids
 
 TYPE_CHECKING = False
@@ -30,6 +30,9 @@ PATIENCE = 2.5
 
 RIVAL_PATIENCE = 10.0
 """Seconds, at most, that patience grows to while rivals hold candidates."""
+
+_HANGS_UP_FOR = 1.0
+"""Seconds, with 20 questions, after which one that always hangs up is not just unlucky with its rivals."""
 
 
 class Claim(NamedTuple):
@@ -88,12 +91,30 @@ class Claiming(Attempts):
 
     def take(self) -> Claim:
         """The winner; all others are let go on leaving the context."""
+        self._name_faulty()
         winner = min(self._answered, key=lambda each: (not each.entry.identity.may_end, each.entry.index))
         self._answered.remove(winner)
         if winner.lock:
             winner.lock.close()
         winner.connection.setblocking(True)
         return Claim(winner.connection, winner.entry.path, self._pid(winner.entry))
+
+    def _name_faulty(self) -> None:
+        """Say which ones should have answered before. Not what rivals may have been at: then they are busy, no more."""
+        if self._has_rivals:
+            return
+        now = time.monotonic()
+        for attempt in self._under_way.values():
+            if (age := now - attempt.started) >= RAMP:
+                self._say(f"{attempt.entry.path}: passed over: no answer within {age * 1000:.0f} ms")
+        hung_up = [each for each in self._entries if each.hung_up_since and each.state is State.BUSY]
+        self._lookout.look(hung_up)
+        for entry in hung_up:
+            if entry.hung_up_since and entry.state is State.FREE and not _is_locked(entry):
+                self._say(f"{entry.path}: passed over: {HANGS_UP}")
+        for entry in self._entries:
+            if entry.state is State.SILENT:
+                self._say(f"{entry.path}: passed over: {entry.detail}")
 
     def _pid(self, entry: Entry) -> int | None:
         """The winner's process now: it may have gone to the background, into another one, since it was looked for."""
@@ -115,8 +136,7 @@ class Claiming(Attempts):
 
     def _notice_rivals(self, now: float) -> None:
         """A passt that has a client may have it for a moment only: while another claim is asking it."""
-        files = [each.sighting.file for each in self._entries if each.state is State.BUSY]
-        if any(file is not None and unix_sockets.is_locked(file) for file in files):
+        if any(each.state is State.BUSY and _is_locked(each) for each in self._entries):
             self._has_rivals = True
             self._be_patient(now)
 
@@ -144,9 +164,12 @@ class Claiming(Attempts):
     def _failure(self) -> Unavailable:
         from qrapd.errors import Unavailable  # brings dataclasses in
 
+        now = time.monotonic()
         for entry in self._entries:
-            if entry.stuck_since and time.monotonic() - entry.stuck_since > PATIENCE / 2:
+            if entry.stuck_since and now - entry.stuck_since > PATIENCE / 2:
                 entry.become(State.SILENT, STUCK)
+            elif entry.hung_up_since and now - entry.hung_up_since > _HANGS_UP_FOR:
+                entry.become(State.SILENT, HANGS_UP)
         paths = [each.path for each in self._entries]
         found = [each.candidate for each in self._entries]
         there = [each for each in found if each.state is not State.ABSENT]
@@ -155,3 +178,8 @@ class Claiming(Attempts):
             return Unavailable(f"no passt to be found: nothing is at {name_span(paths)}", hint=hint)
         lines = "; ".join(f"{span}: {words}" for span, words in fold(found) if words != State.ABSENT.value)
         return Unavailable(f"no passt could be claimed. {lines}", hint=hint)
+
+
+def _is_locked(entry: Entry) -> bool:
+    """Whether another claim is asking it."""
+    return entry.sighting.file is not None and unix_sockets.is_locked(entry.sighting.file)

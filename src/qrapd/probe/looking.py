@@ -12,10 +12,19 @@ from qrapd.unix_sockets import Kind, Program, Sighting
 from .candidates import Candidate, State
 from .identity import UNKNOWN, Passts, identify, sort_passts
 
-__all__ = ["STUCK", "Entry", "Lookout"]
+__all__ = ["HANGS_UP", "HUNG_UP", "STUCK", "Entry", "Lookout"]
 
 STUCK = "accepts nothing: stopped or hung"
 """Of a listener with a connection that waits, and waits, while nobody is connected."""
+
+HUNG_UP = "hung up at once"
+"""Of a listener that may have a client: passt accepts a second one and lets it go."""
+
+HANGS_UP = "hangs up at once, though it has no client: perhaps half a frame of its last client is left in it"
+"""Of a passt that is poisoned: one that persists, and whose client was killed in the middle of a frame.
+
+That of 2025-05 then takes the beginning of all later clients' data for the rest, and resets them (measured).
+"""
 
 _SETTLED = 0.1
 """Seconds after which a passt that has made its socket has also forked, if it does."""
@@ -58,10 +67,15 @@ class Entry:
         self.stuck_since: float | None = (
             None  # when a connection was first seen to wait, and nobody to be connected
         )
+        self.hung_up_since: float | None = (
+            None  # when it first did so, if nobody was seen to be connected since
+        )
 
     def become(self, state: State, detail: str = "", *, settled: bool = False) -> None:
         """Note what it was found to be; it is not to be asked, then."""
         self.state, self.detail, self.settled, self.ready = state, detail, settled, False
+        if detail == HUNG_UP and self.hung_up_since is None:
+            self.hung_up_since = time.monotonic()
 
     @property
     def candidate(self) -> Candidate:
@@ -93,6 +107,7 @@ class Lookout:
                 entry.identity = UNKNOWN
                 entry.locked_since = None
                 entry.stuck_since = None
+                entry.hung_up_since = None
                 if sighting.kind in {Kind.LISTENING, Kind.HIDDEN}:
                     novel.append(entry)
             elif entry.state is State.VHOST_USER:  # perhaps: the one that it was taken for may have ended
@@ -112,6 +127,8 @@ class Lookout:
         sighting = entry.sighting
         entry.uid = sighting.uid if sighting.uid is not None else sighting.owner
         entry.ready = False
+        if sighting.taken:
+            entry.hung_up_since = None
         if not sighting.waiting or sighting.connected:
             entry.stuck_since = None
         elif entry.stuck_since is None:
