@@ -154,6 +154,27 @@ def run(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: s
 
 
 @main.command()
+@click.argument("file", metavar="FILE|NAME")
+@_common_options
+def reload(file: str, runtime_dir: Path | None, **_: object) -> None:
+    """Have a running VM's supervisor read its file again, and apply what it can.
+
+    Changed options of passt, or an upgraded passt, get the link another passt under the running guest. What needs a
+    restart of the VM is named in its log. A file with errors in it is refused here, and changes nothing.
+    """
+    import signal
+
+    from qrapd import running
+
+    name = _plan(file).name
+    supervisor = running.find_supervisor(_base(runtime_dir), name)
+    running.tell(supervisor, signal.SIGHUP)
+    click.echo(
+        f"{name}: its supervisor (pid {supervisor.pid}) reads the file again; its log says what changes"
+    )
+
+
+@main.command()
 @click.argument("files", metavar="FILE|NAME...", nargs=-1, required=True)
 @_common_options
 def check(files: tuple[str, ...], **_: object) -> int:
@@ -237,7 +258,7 @@ def doctor(as_json: bool, runtime_dir: Path | None, **_: object) -> int:
 def demo(
     stay: bool, port: int | None, runtime_dir: Path | None, log_format: LogFormat, log_level: str
 ) -> int:
-    """Build a tiny guest, run it, fetch a page from it through a forwarded port, and stop it."""
+    """Build a tiny guest, run it, fetch a page from it, kill its passt, fetch the page again, and stop it."""
     from qrapd.demo import show
 
     return show(stay=stay, port=port, base=runtime_dir, log_format=log_format, log_level=log_level)

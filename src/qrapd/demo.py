@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -88,6 +89,8 @@ class _Visit:
         self._log = log
         self._started = time.monotonic()
         self._guest_ready = anyio.Event()
+        self._restored = anyio.Event()
+        self._passt_pid = 0
         self._progress = "starting"
 
     def note(self, event: str, /, **fields: object) -> None:
@@ -96,10 +99,17 @@ class _Visit:
             self._log(event, **fields)
         say = partial(_line, self._console)
         match event:
+            case "passt.started":
+                self._passt_pid = int(str(fields["pid"]))
             case "link.connected":
                 say(
                     "passt", f"pid {fields['passt_pid']}, 127.0.0.1:{self._port} leads to the guest's port 80"
                 )
+            case "link.restored":
+                say(
+                    "restored", f"by another passt, pid {fields['passt_pid']}, after {fields['outage_ms']} ms"
+                )
+                self._restored.set()
             case "vm.started":
                 say("QEMU", f"pid {fields['qemu_pid']}, the NIC behind a hub, the stream held")
             case "vm.ready":
@@ -125,14 +135,15 @@ class _Visit:
             say("guest", words)
 
     async def carry_out(self, vm: Vm) -> None:
-        """Wait for the guest, fetch its page, and stop it or let it stay."""
+        """Wait for the guest, fetch its page, kill its passt, fetch it again, and stop the guest or let it stay."""
         with anyio.move_on_after(BOOT_TIMEOUT):
             await self._wait_for_guest()
-            status, page = await self._fetch()
             say = partial(_line, self._console)
-            say("HTTP", f"GET http://127.0.0.1:{self._port}/ says {status}  ({self._elapsed()})")
-            for line in page.splitlines():
-                say("", line)
+            await self._visit(say)
+            say("kill -9", f"of passt, pid {self._passt_pid}")
+            os.kill(self._passt_pid, signal.SIGKILL)
+            await self._restored.wait()
+            await self._visit(say)
             self.completed = True
             if self._stay and not self._console.quiet:
                 self._tell_how_to_reach(say)
@@ -144,6 +155,12 @@ class _Visit:
             hint="see everything with: qrapd demo --log-format console",
         )
         vm.stop()
+
+    async def _visit(self, say: Callable[[str, str], None]) -> None:
+        status, page = await self._fetch()
+        say("HTTP", f"GET http://127.0.0.1:{self._port}/ says {status}  ({self._elapsed()})")
+        for line in page.splitlines():
+            say("", line)
 
     def premature_end(self) -> QemuFailed:
         """Why the show was over before its end."""
