@@ -10,16 +10,15 @@ it in none of 630), and it makes the guest known to the new passt.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import anyio
 
-from qrapd.errors import QmpFailed, QmpRefused
+from qrapd.errors import QmpFailed
 from qrapd.qemu_arguments import FIRST_GENERATION, stream_ids
 
 if TYPE_CHECKING:
-    from qrapd.qmp import Qmp
+    from qrapd.qmp import Command, Qmp
 
 __all__ = ["HubPort"]
 
@@ -52,39 +51,37 @@ class HubPort:
         port, netdev = ids = stream_ids(self._link, self._last)
         try:
             await qmp.lend_fd(stream, netdev)
-            await qmp.execute("netdev_add", {"type": "socket", "id": netdev, "fd": netdev})
-            await qmp.execute(
-                "netdev_add", {"type": "hubport", "id": port, "hubid": self._hub, "netdev": netdev}
+            await qmp.execute_all(
+                [
+                    ("netdev_add", {"type": "socket", "id": netdev, "fd": netdev}),
+                    ("netdev_add", {"type": "hubport", "id": port, "hubid": self._hub, "netdev": netdev}),
+                ]
             )
         except QmpFailed:
             self._leftovers += ids
             with contextlib.suppress(QmpFailed), anyio.move_on_after(UNDO_TIMEOUT):
-                await _try(qmp, "closefd", {"fdname": netdev})
-                await self._clear_away(qmp)
+                await qmp.execute_all([("closefd", {"fdname": netdev}), *self._removals()], refusable=True)
+                self._leftovers.clear()
             raise
         self._leftovers += self._plugged
         self._plugged = [*ids]
-        await self._clear_away(qmp)
-        await self.announce(qmp)
+        await qmp.execute_all(self._removals(), refusable=True, then=self._announcement())
+        self._leftovers.clear()
 
     async def announce(self, qmp: Qmp) -> None:
         """Let QEMU send from the guest's MAC address once, and the guest itself where its driver can.
 
         :raise QmpFailed: as for :meth:`swap`.
         """
+        await qmp.execute(*self._announcement())
+
+    def _announcement(self) -> Command:
         # One round, at once: the times are for further rounds, in ms (QEMU's qapi/net.json, AnnounceParameters).
         arguments: dict[str, object] = {"initial": 50, "max": 550, "rounds": 1, "step": 50}
         if self._nic is not None:
             arguments["interfaces"] = [self._nic]
-        await qmp.execute("announce-self", arguments)
+        return "announce-self", arguments
 
-    async def _clear_away(self, qmp: Qmp) -> None:
-        for name in list(self._leftovers):
-            await _try(qmp, "netdev_del", {"id": name})
-            self._leftovers.remove(name)
-
-
-async def _try(qmp: Qmp, command: str, arguments: Mapping[str, object]) -> None:
-    """Clear something away; what a failed swap has not got round to making is not there to be cleared away."""
-    with contextlib.suppress(QmpRefused):
-        await qmp.execute(command, arguments)
+    def _removals(self) -> list[Command]:
+        """What is not needed any more; what a failed swap has not got round to making is not there to be removed."""
+        return [("netdev_del", {"id": name}) for name in self._leftovers]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import anyio
@@ -26,7 +26,7 @@ from qemu.qmp.protocol import Runstate
 
 from qrapd.errors import QmpFailed, QmpRefused
 
-__all__ = ["Qmp"]
+__all__ = ["Command", "Qmp"]
 
 COMMAND_TIMEOUT = 10.0
 """Seconds. QEMU answers in under a millisecond unless its main loop hangs; there is no other sign of that."""
@@ -37,6 +37,9 @@ logging.getLogger("qemu.qmp").propagate = False
 
 
 EventHandler = Callable[[str, Mapping[str, Any]], None]
+
+Command = tuple[str, Mapping[str, object]]
+"""A command's name and its arguments."""
 
 
 class Qmp:
@@ -84,6 +87,35 @@ class Qmp:
             raise QmpFailed(f"QEMU did not answer {command} within {timeout:g} s") from None
         except (ExecInterruptedError, StateError) as error:
             raise QmpFailed(f"QEMU hung up while asked to {command}") from error
+
+    async def execute_all(
+        self, commands: Sequence[Command], *, refusable: bool = False, then: Command | None = None
+    ) -> None:
+        """Carry out several commands in this order, sent without waiting for the answers in between.
+
+        QEMU takes one command in a turn of its main loop: under load each answer waited for costs milliseconds.
+
+        :param refusable: that QEMU refuses some of them is no failure.
+        :param then: a last command, which must not be refused.
+        :raise QmpFailed: of the first that failed; those after it were carried out all the same.
+        """
+        failures: list[QmpFailed | None] = [None] * (len(commands) + 1)
+
+        async def attempt(index: int, command: Command) -> None:
+            try:
+                await self.execute(*command)
+            except QmpRefused as error:
+                failures[index] = None if refusable and index < len(commands) else error
+            except QmpFailed as error:
+                failures[index] = error
+
+        async with anyio.create_task_group() as tasks:
+            # Tasks begin in the order in which they are started, and each sends before it waits.
+            for index, command in enumerate([*commands, *([then] if then else [])]):
+                tasks.start_soon(attempt, index, command)
+        for failure in failures:
+            if failure is not None:
+                raise failure
 
     async def lend_fd(self, fd: int, name: str) -> None:
         """Give QEMU a copy of an open file under a name, for a command that takes one.
