@@ -3,7 +3,7 @@
 # The doors to this repository. ARGS goes to the command behind a target: make test ARGS="-k link"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format lock schema bench-start bench-overhead bench-probe man clean
+.PHONY: help setup demo test test-slow test-all lint format lock schema newer-roots test-matrix versions bench-start bench-overhead bench-probe bench-outage man clean
 
 BIN := .venv/bin
 # Tests that share something of the host name it with @pytest.mark.xdist_group, and then run one after the other.
@@ -27,6 +27,15 @@ test-slow: setup  ## the slow tests
 test-all: setup  ## all tests
 	@$(PYTEST) $(ARGS)
 
+newer-roots:  ## makes roots of Debian 13 and sid, with newer parts; as root; ARGS=--renew makes them again
+	@scripts/newer-roots $(ARGS)
+
+test-matrix: setup  ## the link tests on this host and in the newer roots; as root; ARGS="--only sid -k swap"
+	@$(BIN)/python scripts/matrix.py $(ARGS)
+
+versions: setup  ## the same, and writes what works where into docs/versions.md
+	@$(BIN)/python scripts/matrix.py --write $(ARGS)
+
 lint: setup  ## ruff, mypy, layers and the like: tests/test_code.py
 	@$(BIN)/pytest tests/test_code.py $(ARGS)
 
@@ -49,6 +58,9 @@ bench-overhead: setup  ## measures a boot under qrapd against one by a shell scr
 
 bench-probe: setup  ## measures qrap's search for a passt beside the C program's; as root
 	@$(BIN)/python benchmarks/probe.py $(ARGS)
+
+bench-outage: setup  ## measures how long a lost passt cuts the guest off; ARGS="--root trixie": there, with its rivals
+	@$(BIN)/python benchmarks/outage.py $(ARGS)
 
 man: $(patsubst docs/man/%,build/man/man1/%.gz,$(wildcard docs/man/*.1))  ## checks and packs the man pages: man -M build/man qrap
 

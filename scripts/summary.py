@@ -3,7 +3,8 @@
 
 ``summary.py REPORT...`` prints ``N passed, N failed, N skipped`` and ends with 1 unless all is well. A report
 that is missing, broken or empty of tests means that a run came to nothing, and counts as one failure: silence
-must not pass.
+must not pass. A report of tests that do not decide is named by ``--shown NAME=REPORT``: it has a line of its own
+before, and counts for nothing.
 """
 
 from __future__ import annotations
@@ -57,11 +58,26 @@ def total(reports: Iterable[Path]) -> Counter[str]:
     return count
 
 
+def shown(name: str, report: Path) -> str:
+    """A line on a report that does not decide."""
+    try:
+        found = outcomes(report)
+    except (OSError, ET.ParseError):
+        return f"{name}: no tests ran (shown only)"
+    failed = list(found.values()).count("failed")
+    return f"{name}: {failed} of {len(found)} failed (shown only)"
+
+
 def main() -> int:
     """Prints the line; the exit status says whether all is well."""
     parser = argparse.ArgumentParser(description="Sums up JUnit reports of pytest in one line.")
     parser.add_argument("report", nargs="+", type=Path)
-    count = total(parser.parse_args().report)
+    parser.add_argument("--shown", metavar="NAME=REPORT", action="append", default=[])
+    options = parser.parse_args()
+    for each in options.shown:
+        name, _, report = each.partition("=")
+        print(shown(name, Path(report)))
+    count = total(options.report)
     print(f"{count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped", flush=True)
     return 1 if count["failed"] else 0
 

@@ -68,3 +68,13 @@ def test_silence_fails(tmp_path: Path) -> None:
     broken = tmp_path / "broken.xml"
     broken.write_text("<testsuites><testcase")
     assert (1, "1 passed, 3 failed, 0 skipped\n") == summary(good, empty, broken, tmp_path / "missing.xml")
+
+
+def test_what_does_not_decide_is_shown(tmp_path: Path) -> None:
+    """Failures in a report that is only shown have a line before, and count for nothing; nor does its silence."""
+    mixed = report(tmp_path, "mixed", MIXED)
+    good = report(tmp_path, "good", "def test_passes(): pass")
+    expected = "sid: 3 of 5 failed (shown only)\n1 passed, 0 failed, 0 skipped\n"
+    assert (0, expected) == summary(good, "--shown", f"sid={mixed}")
+    expected = "sid: no tests ran (shown only)\n1 passed, 0 failed, 0 skipped\n"
+    assert (0, expected) == summary(good, "--shown", f"sid={tmp_path}/missing.xml")

@@ -212,7 +212,7 @@ def kernel_packages(depends: str) -> list[str]:
     ['linux-image-6.1.0-9-amd64']
     """
     return re.findall(
-        r"^ [ |](?:Pre)?Depends: (linux-(?:image|modules|binary)-\d\S*)$", depends, re.MULTILINE
+        r"^ [ |](?:Pre)?Depends: (linux-(?:image|base|modules|binary)-\d\S*)$", depends, re.MULTILINE
     )
 
 
