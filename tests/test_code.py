@@ -27,6 +27,7 @@ LAYERS = [
     ["agent"],
     ["supervisor"],
     ["vm"],
+    ["native", "vhost_user"],
     ["link"],
     # a link's way out, and its place in QEMU
     ["connection", "hub"],
@@ -50,7 +51,9 @@ LAYERS = [
     ["sock_diag"],
     # pure from here on: they decide and do no I/O, so that a test of them needs no process
     ["wrap_arguments"],
-    ["qemu_arguments", "reload"],
+    ["qemu_arguments"],
+    ["link_modes"],
+    ["guest_memory", "hub_mtu", "reload"],
     ["config", "restart"],
     ["passt_options"],
     ["lifecycle", "messages", "ports"],

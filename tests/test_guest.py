@@ -7,12 +7,13 @@ import gzip
 import io
 import lzma
 import os
+import re
 import shutil
 import stat
 import struct
 import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def test_the_image_has_what_the_kernel_and_the_scripts_ask_for(tmp_path: Path) -
 
     assert (stat.S_IFCHR | 0o600, (5, 1)) == (found["dev/console"].mode, found["dev/console"].device)
     assert ["00-b_c.ko", "01-a.ko"] == [Path(p).name for p in found if p.startswith("lib/modules/")]
-    for script in ("init", "bin/lease", "bin/serve-nic", "www/cgi-bin/state", "control/panic"):
+    for script in ("init", "bin/lease", "bin/serve-nic", "www/cgi-bin/state", "control/traffic"):
         assert stat.S_IFREG | 0o755 == found[script].mode
         assert found[script].data.startswith(b"#!/bin/sh\n")
     for path in found:
@@ -434,11 +435,37 @@ def test_the_guest_boots_and_powers_off(image: GuestImage) -> None:
     assert ["guest: ready", "guest: powering down"] == ours, console
 
 
-def boot(image: GuestImage, words: str) -> list[str]:
+@pytest.mark.guest
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("nic", "words", "expected"),
+    [
+        ("user", "guest.address=10.0.2.77/24,10.0.2.2", r"10\.0\.2\.77/24 router 10\.0\.2\.2"),
+        ("user", "guest.address=10.0.2.77/24", r"10\.0\.2\.77/24"),
+        (
+            "user,ipv4=off,ipv6-prefix=fd77::,ipv6-host=fd77::2",
+            "guest.ipv6=only",
+            r"fd77::[0-9a-f:]+/64 router fe80::2",
+        ),
+        ("user,ipv4=off,ipv6-prefix=fd77::,ipv6-host=fd77::2", "", r"fd77::[0-9a-f:]+/64 router fe80::2"),
+    ],
+)
+def test_an_address_without_a_lease(image: GuestImage, nic: str, words: str, expected: str) -> None:
+    """A static one is taken at once; without IPv4, the guest finds its IPv6 address, whether it was told to or not."""
+    args = ["-nic", f"{nic},model=virtio-net-pci"]
+
+    console = boot(image, f"{words} guest.poweroff_after=0", args)
+
+    ours = [line for line in console if line.startswith("guest: ")]
+    assert re.fullmatch(f"guest: address eth0 {expected}", ours[0]), console
+    assert ["guest: ready", "guest: powering down"] == ours[1:], console
+
+
+def boot(image: GuestImage, words: str, args: Sequence[str] = ()) -> list[str]:
     """Runs the guest to its end, and gives its console's lines."""
     command = [f"qemu-system-{os.uname().machine}", "-accel", "tcg", "-m", "128M", "-nodefaults"]
     command += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
     command += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
-    command += ["-append", f"{image.command_line} {words}"]
+    command += ["-append", f"{image.command_line} {words}", *args]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=100, check=True)
     return done.stdout.decode(errors="replace").splitlines()

@@ -35,7 +35,7 @@ def test_the_whole_command_line() -> None:
         *("-netdev", "socket,id=link0-stream1,fd=6"),
         *("-netdev", "hubport,id=link0-port1,hubid=0,netdev=link0-stream1"),
         *("-netdev", "hubport,id=link0-nic,hubid=0"),
-        *("-device", "virtio-net-pci,id=link0,netdev=link0-nic,mac=52:54:00:12:34:56"),
+        *("-device", "virtio-net-pci,id=link0,netdev=link0-nic,mac=52:54:00:12:34:56,host_mtu=32750"),
         *("-machine", "q35", "a b"),
     ]
     text = "[qemu]\nargs = ['-machine', 'q35', 'a b']\n[[link]]\nmac = '52:54:00:12:34:56'"

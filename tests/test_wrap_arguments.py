@@ -29,6 +29,7 @@ MONITORS = [
     *("-chardev", "socket,id=qrapd-qmp,fd=QMP,server=on,wait=off", "-mon", "chardev=qrapd-qmp,mode=control"),
     *("-chardev", "socket,id=qrapd-user-qmp,fd=USER,server=on,wait=off"),
     *("-mon", "chardev=qrapd-user-qmp,mode=control"),
+    *("-global", "virtio-net-device.host_mtu=32750"),
 ]
 
 
@@ -46,7 +47,7 @@ def explicit(*arguments: str, fd: int = 7) -> Wrapped:
 
 
 def result(*arguments: str, fd: int = 7, binary: str = "/usr/bin/kvm") -> list[str]:
-    """What QEMU gets, without its name and the monitors."""
+    """What QEMU gets, without its name, the monitors, and the limit of the MTU."""
     argv = explicit(*arguments, fd=fd).command_line(ENDPOINTS, binary)
     assert [binary, *MONITORS] == argv[: len(MONITORS) + 1]
     return argv[len(MONITORS) + 1 :]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -102,8 +103,9 @@ class Connection:
 
     def introduce(self, mac: str, addresses: tuple[str, ...]) -> None:
         """Make a guest known that does not use its lease. Only before QEMU has the stream: their bytes would mix."""
-        for frame in frames.introductions(frames.parse_mac(mac), addresses):
-            self.stream.socket.send(frame)
+        with contextlib.suppress(OSError):  # a passt that has gone meanwhile is noticed by its hang-up
+            for frame in frames.introductions(frames.parse_mac(mac), addresses):
+                self.stream.socket.send(frame)
 
 
 async def acquire(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup) -> Connection:

@@ -7,17 +7,20 @@ own, and QEMU is given that stream. The guest sees no change of carrier; its con
 
 from __future__ import annotations
 
+import contextlib
 import math
+import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 
+from qrapd import vital_signs
 from qrapd.backoff import Backoff
 from qrapd.connection import Connection, acquire, watch_listeners
 from qrapd.errors import QmpFailed, QrapdError, Unavailable
@@ -27,6 +30,7 @@ from qrapd.logs import Emit
 from qrapd.plan import LinkPlan
 from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import ProcessId
+from qrapd.stall import StallJudge, Verdict
 from qrapd.stream import HangUpWatch
 
 if TYPE_CHECKING:
@@ -41,7 +45,7 @@ HANG_UP_GRACE = 0.25
 """Seconds for a passt to end after it has hung up: it takes about a millisecond. One that does not is ended."""
 
 
-_PASSTS = ("source", "passt", "pattern")
+_PASSTS = ("source", "passt", "pattern", "listen_addresses")
 """What of a plan is passt's; another one takes another passt."""
 
 _RELOADABLE = (*_PASSTS, "allowed_uids", "stall_timeout", "guest_addresses")
@@ -73,8 +77,18 @@ class _Loss:
     told: bool = False
 
 
+class Port(Protocol):
+    """A link's place in a running QEMU, such as a :class:`HubPort`."""
+
+    async def swap(self, qmp: Qmp, stream: int) -> None:
+        """Put a stream under the NIC, in the place of the one that is there."""
+
+    async def announce(self, qmp: Qmp) -> None:
+        """Have something sent that a living passt reads."""
+
+
 class Link:
-    """One NIC's passt and stream, from :meth:`start` to :meth:`release`."""
+    """One NIC's passt and stream, from :meth:`start` to :meth:`release`. What differs by mode is in subclasses."""
 
     def __init__(self, plan: LinkPlan, backoff: Backoff, around: Surroundings) -> None:
         self.plan = plan
@@ -83,7 +97,7 @@ class Link:
         self._around = around
         self._emit: Emit = partial(around.emit, link=plan.index)
         self._backoff = backoff
-        self._hub = HubPort(plan.index, plan.hub, plan.nic)
+        self._port = self._make_port()
         self._qmp: Qmp | None = None
         self._tasks: TaskGroup | None = None
         self._work = anyio.CancelScope()
@@ -94,12 +108,16 @@ class Link:
         self._error: QrapdError | None = None
         self._fallback: LinkPlan | None = None
         self._listeners: ListenerWatch | None = None
+        self._listened_for: LinkPlan | None = None
+        self._judge = StallJudge(plan.stall_timeout)
+        self._crashing = False
+        """the last passt has crashed as soon as it served: the next one has to prove itself first"""
 
     # --- from outside ---------------------------------------------------------------------------------
 
     @property
-    def stream_fd(self) -> int:
-        """QEMU's end of the stream, to be inherited by QEMU; held here as well."""
+    def stream_fd(self) -> int | None:
+        """QEMU's end of the stream, to be inherited by QEMU; held here as well. None: QEMU makes a connection."""
         assert self._connection is not None, "a link that has started has a connection"
         return self._connection.stream.fd
 
@@ -120,6 +138,13 @@ class Link:
             assert self._error is not None
             raise self._error
 
+    def serve(self, listener: socket.socket) -> None:
+        """Serve a QEMU that makes the connection itself, on a socket that is this link's from now on."""
+        raise NotImplementedError(f"a link of mode {self.plan.mode} hands QEMU its stream")
+
+    def note_qemu_event(self, name: str, data: Mapping[str, Any]) -> None:
+        """Take notice of an event of QEMU's; a stream that it was handed it says nothing about."""
+
     def heal_with(self, qmp: Qmp) -> None:
         """The VM is ready: from now on a lost passt is replaced."""
         self._qmp = qmp
@@ -133,6 +158,7 @@ class Link:
         """
         before = self.plan
         self.plan = replace(before, **{name: getattr(plan, name) for name in _RELOADABLE})
+        self._judge = StallJudge(self.plan.stall_timeout)
         if not (self.state in {State.WAITING, State.FAILED} or self._is_outdated(before)):
             return False
         self._fallback = before if self.state is State.UP else None
@@ -144,6 +170,36 @@ class Link:
             return True
         passt = self._connection.passt if self._connection else None
         return passt is not None and passt.is_outdated
+
+    @property
+    def next_look(self) -> float:
+        """Seconds until :meth:`look` is worth its while."""
+        return self._judge.next_look
+
+    def look(self, *, paused: bool) -> None:
+        """Judge whether passt hangs.
+
+        :param paused: the guest does not run, and that nothing moves is no fault of passt's.
+        """
+        connection = self._connection
+        if paused or connection is None or self.state is not State.UP:
+            self._judge.reset()
+            return
+        addresses = self.plan.listen_addresses if self._judge.quiet else ()
+        signs = vital_signs.read(connection.pid, connection.stream.fd, addresses)
+        match self._judge.judge(time.monotonic(), signs):
+            case Verdict.STALLED:
+                self._lose(connection, "stalled", self._judge.reason)
+            case Verdict.ANNOUNCE:
+                assert self._tasks is not None
+                self._tasks.start_soon(self._announce)
+
+    async def _announce(self) -> None:
+        """Have something written to passt, to see whether it reads."""
+        assert self._qmp is not None
+        # A monitor that does not answer is told of where that matters.
+        with contextlib.suppress(QmpFailed):
+            await self._port.announce(self._qmp)
 
     def renew(self) -> None:
         """Replace the passt, or try again at once if there is none."""
@@ -214,16 +270,23 @@ class Link:
 
     # --- coming up ------------------------------------------------------------------------------------
 
+    def _make_port(self) -> Port:
+        return HubPort(self.plan.index, self.plan.hub, self.plan.nic)
+
+    async def _get_connection(self, tasks: TaskGroup) -> Connection:
+        return await acquire(self.plan, self._around.directory, self._emit, tasks)
+
     async def _acquire(self) -> None:
         assert self._tasks is not None
         self._watch_listeners()
         try:
-            connection = await acquire(self.plan, self._around.directory, self._emit, self._tasks)
+            connection = await self._get_connection(self._tasks)
         except Unavailable as error:
             self._error = error
             self._fall_back(error)
             self._post(Event.ACQUIRE_FAILED)
             return
+        connection.introduce(self.plan.mac, self.plan.guest_addresses)
         self._connection = connection
         connection.watch(self._around.hang_ups, self._tasks, partial(self._note_hang_up, connection))
         self._post(Event.ACQUIRED)
@@ -245,8 +308,7 @@ class Link:
         assert qmp is not None
         self._around.note_change()
         try:
-            connection.introduce(self.plan.mac, self.plan.guest_addresses)
-            await self._hub.swap(qmp, connection.stream.fd)
+            await self._port.swap(qmp, connection.stream.fd)
         except QmpFailed as error:
             self._error = error
             self._post(Event.SWAP_FAILED)
@@ -270,8 +332,11 @@ class Link:
         outage = time.monotonic() - self._loss.at
         self.generation += 1
         self._loss = self._fallback = None
-        self._forget_listeners()
-        self._backoff.succeed()
+        self._judge.reset()
+        if self._crashing:
+            self._backoff.succeed()
+        else:
+            self._backoff.forget()
         self._emit(
             "link.restored",
             generation=self.generation,
@@ -280,6 +345,7 @@ class Link:
             passt_pid=self._connection.pid,
             socket=self._connection.path,
         )
+        self._forget_listeners()
 
     # --- being lost -----------------------------------------------------------------------------------
 
@@ -298,8 +364,12 @@ class Link:
         event = Event.REAPED
         if connection := self._connection:
             await self._bury(connection)
-            if connection.crashed:
+            if connection.has_proved_itself:
+                self._crashing = False
+                self._backoff.forget()
+            elif connection.crashed:
                 self._error = connection.explain_end()
+                self._crashing = True
                 event = Event.CRASHED
         self._post(event)
 
@@ -319,7 +389,8 @@ class Link:
             self._tell_lost(loss)
         elif loss.reason == "hangup":
             loss.reason = "exited"
-        await self._see_off(connection, kill=loss.reason == "stalled")
+        # Whoever hangs, or has hung up and stays, is not asked to go.
+        await self._see_off(connection, kill=loss.reason in {"stalled", "hangup"})
         self._tell_lost(loss)
 
     def _tell_lost(self, loss: _Loss) -> None:
@@ -356,17 +427,20 @@ class Link:
                 await anyio.sleep_forever()
             else:
                 await self._listeners.wait()
-                self._post(Event.RENEW)
+                self.renew()
                 return
         self._post(Event.DELAY_OVER)
 
     def _watch_listeners(self) -> None:
-        """From before the attempt on: who comes to listen while it fails is not to be missed."""
+        """From before the first attempt on: who comes to listen while it fails is not to be missed."""
+        if self._loss is None or self._listened_for is self.plan:
+            return
         self._forget_listeners()
-        if self.plan.source != "managed" and self._loss is not None:
+        if self.plan.source != "managed":
             self._listeners = watch_listeners(self.plan, self._emit).__enter__()
+            self._listened_for = self.plan
 
     def _forget_listeners(self) -> None:
         if self._listeners is not None:
             self._listeners.__exit__()
-            self._listeners = None
+        self._listeners = self._listened_for = None

@@ -161,7 +161,12 @@ class Passt:
 
     def explain_end(self, status: ExitStatus) -> Unavailable:
         """Why passt ended before the VM was up, in its own words."""
-        last = self.words[-1] if self.words else "(nothing)"
+        if status.signal is not None and not status.is_crash:
+            return Unavailable(
+                f"passt was {status}",
+                hint="see who sent that; `journalctl -k` says whether memory had run out",
+            )
+        last = self.words[-1].strip() if self.words else "(nothing)"
         return Unavailable(f"passt ended at once ({status}). It wrote: {last}", hint=suggest(last))
 
 

@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from qrapd import __version__, binaries
+from qrapd import binaries
 from qrapd.config import Link, Restart, VmConfiguration, VmFile, chooses_accelerator
 from qrapd.errors import ConfigurationError, Problem, Unavailable
+from qrapd.hub_mtu import limit_mtu
+from qrapd.link_modes import Installed, check_mode
 from qrapd.passt_options import check_against_help, read_help
 from qrapd.passt_options import command_line as passt_command_line
 from qrapd.qemu_arguments import Endpoints, command_line, nic_id
 from qrapd.runtime_directory import SUN_PATH_MAX
+from qrapd.vital_signs import ListenAddress, listen_addresses
 
 __all__ = ["LinkPlan", "Plan", "resolve"]
 
@@ -41,8 +44,12 @@ class LinkPlan:
     """for ``probe``: the sockets' paths, with ``{n}`` for their numbers; None: passt's own names"""
     stall_timeout: float = 5.0
     """seconds that passt may leave bytes unread; 0: for ever"""
+    listen_addresses: tuple[ListenAddress, ...] = ()
+    """where a managed passt listens"""
     guest_addresses: tuple[str, ...] = ()
     """of a guest that does not use its lease"""
+    mode: str = "swap"
+    """``swap``, ``vhost-user`` or ``native``"""
 
 
 @dataclass(frozen=True)
@@ -81,23 +88,24 @@ def resolve(configuration: VmConfiguration) -> Plan:
     :raise ConfigurationError: the file asks for what this qrapd or this passt cannot do.
     :raise Unavailable: a program or the working directory is not there.
     """
-    problems = [*_unsupported(configuration), *_check_sockets(configuration)]
+    problems = [*_check_sockets(configuration)]
     problems += _check_directory(configuration.directory)
     missing: dict[str, Unavailable] = {}
     passts: list[str | None] = []
     for index, link in enumerate(configuration.links):
+        passts.append(None)
         if link.source != "managed":
-            passts.append(None)
             continue
         try:
             passt = _find_binary(link.passt_binary, configuration)
-            passts.append(passt)
             problems += _lacking_options(index, link, passt)
+            passts[index] = passt
         except Unavailable as error:
             missing[f"link[{index}].passt_binary"] = error
     try:
         default = f"qemu-system-{binaries.host_architecture()}"
         qemu = _find_binary(configuration.qemu.binary or default, configuration)
+        problems += _impossible_modes(configuration, qemu, passts)
     except Unavailable as error:
         missing["qemu.binary"] = error
     if problems:
@@ -106,13 +114,14 @@ def resolve(configuration: VmConfiguration) -> Plan:
     if missing:
         raise _together(missing.values())
     kvm = _wants_kvm(configuration, qemu)
+    links = tuple(_plan_link(index, configuration, passt) for index, passt in enumerate(passts))
     return Plan(
         name=configuration.name,
         qemu=qemu,
-        command_line=partial(command_line, configuration, qemu, kvm=kvm),
+        command_line=partial(command_line, configuration, qemu, kvm=kvm, passts=_native_passts(links)),
         directory=configuration.directory,
         passt_directory=configuration.path.parent,
-        links=tuple(_plan_link(index, configuration, passt) for index, passt in enumerate(passts)),
+        links=links,
         powerdown_timeout=configuration.qemu.powerdown_timeout,
         quit_timeout=configuration.qemu.quit_timeout,
         console=configuration.qemu.console != "none",
@@ -127,15 +136,19 @@ def _plan_link(index: int, configuration: VmConfiguration, passt: str | None) ->
     source = link.source
     if "/" in source:
         source = str(configuration.path.parent / source)
+    options = limit_mtu(link.passt) if link.mode == "swap" else link.passt
+    own_options = ["--vhost-user"] if link.mode == "vhost-user" else []
     return LinkPlan(
         index=index,
+        mode=link.mode,
         source=source,
         mac=configuration.mac(index),
         hub=index,
         nic=nic_id(index),
-        passt=() if passt is None else (passt, *passt_command_line(link.passt)),
+        passt=() if passt is None else (passt, *passt_command_line(options), *own_options),
         allowed_uids=frozenset(link.allow_uids),
         stall_timeout=link.stall_timeout,
+        listen_addresses=listen_addresses(link.passt.model_dump()),
         guest_addresses=tuple(link.guest_addresses),
     )
 
@@ -177,16 +190,31 @@ def _together(errors: Iterable[Unavailable]) -> Unavailable:
     return Unavailable("; ".join(told), hint="; ".join(hints) or None)
 
 
-def _unsupported(configuration: VmConfiguration) -> Iterator[Problem]:
-    """What the file may say and this version cannot do yet: refused, never silently left out."""
-    for index, link in enumerate(configuration.links):
-        if link.mode != "swap":
-            yield Problem(
-                f"link[{index}].mode",
-                f"is not supported by qrapd {__version__}",
-                value=repr(link.mode),
-                hint="use mode = 'swap', the default",
-            )
+def _impossible_modes(
+    configuration: VmConfiguration, qemu: str, passts: Sequence[str | None]
+) -> Iterator[Problem]:
+    """What the file's modes need and is not there.
+
+    :param passts: the programs, where there are any.
+    :raise Unavailable: a program is not what its name says.
+    """
+    for index, (link, passt) in enumerate(zip(configuration.links, passts, strict=True)):
+        if link.mode == "swap" or (passt is None and link.source == "managed"):
+            continue
+        installed = Installed(
+            qemu=qemu,
+            qemu_version=binaries.qemu_version(qemu),
+            netdevs=binaries.qemu_netdevs(qemu),
+            passt=passt,
+            passt_version=None if passt is None else binaries.passt_version(passt),
+            passt_options={} if passt is None else read_help(binaries.passt_help(passt)),
+        )
+        yield from check_mode(index, link, installed, configuration.qemu.args)
+
+
+def _native_passts(links: Sequence[LinkPlan]) -> dict[int, tuple[str, ...]]:
+    """Program and options of the passts that QEMU is to run, by their links' indices."""
+    return {link.index: link.passt for link in links if link.mode == "native"}
 
 
 def _lacking_options(index: int, link: Link, binary: str) -> list[Problem]:

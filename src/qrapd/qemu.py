@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -34,9 +34,16 @@ class Qemu:
     """A running QEMU. ``words`` holds the last lines that it wrote itself, ``monitor`` its QMP connection."""
 
     def __init__(
-        self, plan: Plan, process: Process, monitor: socket.socket, console: socket.socket | None
+        self,
+        plan: Plan,
+        process: Process,
+        monitor: socket.socket,
+        console: socket.socket | None,
+        listeners: Mapping[int, socket.socket],
     ) -> None:
         self.process = process
+        self.link_listeners = listeners
+        """sockets to which QEMU connects on its own, by the index of the link; they belong to whoever takes them"""
         self.monitor = monitor
         self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
         self._console = console
@@ -49,8 +56,8 @@ class Qemu:
         return self.process.pid
 
     @classmethod
-    async def spawn(cls, plan: Plan, directory: VmDirectory, streams: Sequence[int]) -> Qemu:
-        """Start QEMU with one stream for each link.
+    async def spawn(cls, plan: Plan, directory: VmDirectory, streams: Sequence[int | None]) -> Qemu:
+        """Start QEMU with one stream for each link, or None where it makes a connection itself.
 
         :raise Unavailable: the program cannot be run, or its sockets cannot be made.
         """
@@ -61,17 +68,29 @@ class Qemu:
             with contextlib.ExitStack() as unless_started:
                 monitor = unless_started.enter_context(_connect(listeners[0]))
                 console = unless_started.enter_context(_connect(listeners[2])) if plan.console else None
-                argv = plan.command_line(Endpoints(qmp, user_qmp, serial[0] if serial else None, streams))
+                link_listeners = {
+                    link.index: unless_started.enter_context(directory.listen(f"link{link.index}.sock"))
+                    for link in plan.links
+                    if link.mode == "vhost-user"
+                }
+                ends: list[int | str] = ["" if stream is None else stream for stream in streams]
+                for index, listener in link_listeners.items():
+                    ends[index] = str(listener.getsockname())
+                argv = plan.command_line(Endpoints(qmp, user_qmp, serial[0] if serial else None, ends))
                 try:
                     process = await spawn(
                         argv,
-                        pass_fds=[qmp, user_qmp, *serial, *streams, *plan.inherited_fds],
+                        pass_fds=[
+                            *(qmp, user_qmp, *serial),
+                            *(stream for stream in streams if stream is not None),
+                            *plan.inherited_fds,
+                        ],
                         directory=plan.directory,
                     )
                 except OSError as error:
                     raise cannot_run(argv[0], plan.directory, error) from error
                 unless_started.pop_all()
-        return cls(plan, process, monitor, console)
+        return cls(plan, process, monitor, console, link_listeners)
 
     def listen(
         self, tasks: TaskGroup, tell: Callable[[str], None], tell_console: Callable[[str], None]
@@ -118,8 +137,8 @@ class Qemu:
 
 def _connect(listener: socket.socket) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)  # there is room in the queue of a listener that is just being made
     connection.connect(listener.getsockname())
-    connection.setblocking(False)
     return connection
 
 

@@ -6,15 +6,19 @@ and a hub's port can, without the guest seeing its carrier change (measured with
 
     NIC -- hubport linkN-nic -- hub N -- hubport linkN-port1 -- netdev linkN-stream1 -- fd
 
-The number after ``port`` and ``stream`` grows with each new stream.
+The number after ``port`` and ``stream`` grows with each new stream. The other modes (:mod:`qrapd.link_modes`) have no
+hub.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qrapd.config import VmConfiguration, chooses_accelerator
+from qrapd.guest_memory import shared_memory
+from qrapd.hub_mtu import device_property
+from qrapd.link_modes import native_netdev, nic_netdev_id, vhost_user_netdev
 
 __all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor", "nic_id", "stream_ids"]
 
@@ -43,6 +47,7 @@ class Endpoints:
     serial: int | str | None
     """None for a QEMU whose console is not qrapd's business"""
     streams: Sequence[int | str]
+    """one for each link; for a vhost-user link it is the path of a socket"""
 
     @classmethod
     def placeholders(cls, links: int) -> Endpoints:
@@ -51,9 +56,18 @@ class Endpoints:
 
 
 def command_line(
-    configuration: VmConfiguration, binary: str, endpoints: Endpoints, *, kvm: bool
+    configuration: VmConfiguration,
+    binary: str,
+    endpoints: Endpoints,
+    *,
+    kvm: bool,
+    passts: Mapping[int, Sequence[str]] | None = None,
 ) -> list[str]:
-    """The whole argv. ``kvm`` says what ``accel = "auto"`` comes to on this host."""
+    """The whole argv.
+
+    :param kvm: what ``accel = "auto"`` comes to on this host.
+    :param passts: program and options of the passts that QEMU is to run itself, by the native links' indices.
+    """
     return [
         binary,
         *("-name", f"guest={configuration.name}"),
@@ -63,7 +77,7 @@ def command_line(
         *monitor("qmp", endpoints.qmp),
         *monitor("user-qmp", endpoints.user_qmp),
         *_console(configuration, endpoints.serial),
-        *_network(configuration, endpoints.streams),
+        *_network(configuration, endpoints.streams, passts or {}),
         *configuration.qemu.args,
     ]
 
@@ -91,15 +105,31 @@ def _console(configuration: VmConfiguration, fd: int | str | None) -> Iterator[s
     yield from ("-serial", "chardev:console")
 
 
-def _network(configuration: VmConfiguration, streams: Sequence[int | str]) -> Iterator[str]:
+def _network(
+    configuration: VmConfiguration, streams: Sequence[int | str], passts: Mapping[int, Sequence[str]]
+) -> Iterator[str]:
     if not configuration.links:
         # Without any word on it QEMU would give the guest a NIC on its own user-mode network.
         yield from ("-nic", "none")
-    for index, (link, fd) in enumerate(zip(configuration.links, streams, strict=True)):
-        port, stream = stream_ids(index, FIRST_GENERATION)
-        yield from ("-netdev", f"socket,id={stream},fd={fd}")
-        yield from ("-netdev", f"hubport,id={port},hubid={index},netdev={stream}")
-        yield from ("-netdev", f"hubport,id=link{index}-nic,hubid={index}")
+    if any(link.mode == "vhost-user" for link in configuration.links):
+        yield from shared_memory(configuration.qemu.args)
+    for index, (link, stream) in enumerate(zip(configuration.links, streams, strict=True)):
+        match link.mode:
+            case "swap":
+                yield from _hub(index, stream)
+            case "vhost-user":
+                path = str(stream)
+                yield from vhost_user_netdev(index, path if "/" in path else f"LINK{index}_SOCKET")
+            case "native":
+                yield from native_netdev(index, passts[index])
         model, _, properties = link.device.partition(",")
-        own = f"{model},id={nic_id(index)},netdev=link{index}-nic,mac={configuration.mac(index)}"
-        yield from ("-device", f"{own},{properties}" if properties else own)
+        own = f"{model},id={nic_id(index)},netdev={nic_netdev_id(index)},mac={configuration.mac(index)}"
+        limit = device_property(link.device, link.passt) if link.mode == "swap" else None
+        yield from ("-device", ",".join(filter(None, [own, limit, properties])))
+
+
+def _hub(index: int, fd: int | str) -> Iterator[str]:
+    port, stream = stream_ids(index, FIRST_GENERATION)
+    yield from ("-netdev", f"socket,id={stream},fd={fd}")
+    yield from ("-netdev", f"hubport,id={port},hubid={index},netdev={stream}")
+    yield from ("-netdev", f"hubport,id={nic_netdev_id(index)},hubid={index}")

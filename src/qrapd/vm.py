@@ -20,11 +20,13 @@ from qrapd.errors import QmpFailed, QrapdError, Unavailable
 from qrapd.lifecycle import DEADLINES, Action, Deadline, Event, Reason, State, advance, judge_exit
 from qrapd.link import Link, Surroundings
 from qrapd.logs import Emit
+from qrapd.native import NativeLink, keep_awake
 from qrapd.plan import Plan
 from qrapd.process import ExitStatus
 from qrapd.qemu import Qemu
 from qrapd.runtime_directory import VmDirectory
 from qrapd.stream import HangUpWatch
+from qrapd.vhost_user import VhostUserLink
 
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
@@ -42,6 +44,13 @@ HANG_UP_GRACE = 1.0
 
 # QEMU's qapi/run-state.json, RunState: nobody is awake in there to obey a power button.
 _PAUSED = frozenset({"paused", "prelaunch", "inmigrate", "io-error"})
+
+
+_PAUSING = {"STOP": True, "SUSPEND": True, "RESUME": False, "WAKEUP": False}
+"""QEMU's events that tell of it, and whether the guest runs no more."""
+
+_LINKS: Mapping[str, type[Link]] = {"swap": Link, "vhost-user": VhostUserLink, "native": NativeLink}
+"""By their modes."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ class Vm:
             note_failed_start=self._note_failed_start,
         )
         limits = plan.restart
-        self.links = [Link(link, Backoff(limits.limit, limits.window), around) for link in plan.links]
+        self.links = [
+            _LINKS[link.mode](link, Backoff(limits.limit, limits.window), around) for link in plan.links
+        ]
         self._qemu: Qemu | None = None
         self._qmp: Qmp | None = None
         self._status: ExitStatus | None = None
@@ -81,6 +92,7 @@ class Vm:
         self._start_scope = anyio.CancelScope()
         self._start_settled = anyio.Event()
         self._machine = "unknown"
+        self._paused = False
         self._greeted = False
         self.ready = anyio.Event()
         """set once the machine has run"""
@@ -148,6 +160,8 @@ class Vm:
                 tasks.start_soon(self._connect_qmp, tasks)
             case Action.ANNOUNCE_READY:
                 self._announce_ready()
+                if any(link.plan.stall_timeout for link in self.links):
+                    tasks.start_soon(self._watch_for_hangs)
             case Action.POWER_DOWN:
                 self._emit("vm.stopping", reason="request", how="power-down")
                 tasks.start_soon(self._power_down)
@@ -223,6 +237,8 @@ class Vm:
             lambda line: self._emit("guest.console", line=line),
         )
         tasks.start_soon(self._watch_qemu, qemu)
+        for index, listener in qemu.link_listeners.items():
+            self.links[index].serve(listener)
         self._write_record()
         self._emit("vm.started", qemu_pid=qemu.pid)
         self._post(Event.QEMU_SPAWNED)
@@ -236,6 +252,7 @@ class Vm:
                 record.Record(
                     record.ProcessId(self._qemu.pid, self._qemu.process.start_time),
                     tuple(passt for passt in passts if passt is not None),
+                    record.ProcessId.of_this(),
                 ),
             )
         except OSError as error:
@@ -251,11 +268,14 @@ class Vm:
         from qrapd.qmp import Qmp
 
         assert self._qemu is not None
+        if any(link.mode == "native" for link in self.plan.links):
+            tasks.start_soon(keep_awake, self._directory.socket_path("user-qmp.sock"), self.ready)
         try:
             self._greeted = await _has_spoken(self._qemu.monitor)
             self._qmp = qmp = await Qmp.connect(self._qemu.monitor, self.plan.name)
             tasks.start_soon(qmp.watch, self._note_qemu_event)
             self._machine = await self._machine_status()
+            self._paused = self._machine in _PAUSED
         except QmpFailed as error:
             await self._note_qmp_failure(error)
         else:
@@ -273,10 +293,21 @@ class Vm:
     def _note_qemu_event(self, name: str, data: Mapping[str, Any]) -> None:
         if name == "SHUTDOWN":
             self._shutdown_cause = data.get("reason")
+        elif name in _PAUSING:
+            self._paused = _PAUSING[name]
+        for link in self.links:
+            link.note_qemu_event(name, data)
 
     async def _machine_status(self) -> str:
         assert self._qmp is not None
         return str((await self._qmp.execute("query-status"))["status"])
+
+    async def _watch_for_hangs(self) -> None:
+        """Look at all links at once: about once per second, for as long as there is no doubt about one."""
+        while True:
+            await anyio.sleep(min(link.next_look for link in self.links))
+            for link in self.links:
+                link.look(paused=self._paused)
 
     # --- stopping -------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from qrapd.config import option_name
 from qrapd.errors import UsageError
+from qrapd.hub_mtu import LARGEST_MTU
 from qrapd.qemu_arguments import FIRST_GENERATION, Endpoints, monitor
 from qrapd.qrap_arguments import Explicit, Patched, strtol
 
@@ -75,6 +76,8 @@ class Wrapped:
             binary,
             *monitor("qrapd-qmp", endpoints.qmp),
             *monitor("qrapd-user-qmp", endpoints.user_qmp),
+            # All virtio NICs: which of them is on the stream's hub is for QEMU to find out.
+            *("-global", f"virtio-net-device.host_mtu={LARGEST_MTU}"),
             *self.before,
             *("-netdev", f"socket,id={_STREAM},fd={stream}"),
             *("-netdev", f"hubport,id={_STREAM_PORT},hubid={self.hub},netdev={_STREAM}"),

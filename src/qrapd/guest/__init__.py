@@ -4,18 +4,31 @@
 It asks for a lease on each NIC, answers HTTP on port 80, heeds the power button, and says so on its console::
 
     guest: lease eth0 192.0.2.2/24 router 192.0.2.1 dns 192.0.2.53
-    guest: ready                      every NIC has its lease
+    guest: address eth0 2001:db8::2/64 router fe80::1     not by DHCP: static, or where there is no IPv4
+    guest: ready                      every NIC has its lease, or an address without one
     guest: powering down              or `guest: power button ignored`
 
 Over HTTP: ``/`` is a greeting, ``/cgi-bin/state`` tells ``key=value`` lines: uptime (seconds), nic, mac,
-address, address6, carrier, carrier_changes, boot_id.
+address, address6, carrier, carrier_changes, rx_bytes, tx_bytes, boot_id.
 
 Words for the kernel's command line, after GuestImage.command_line:
 
 ``guest.powerdown=ignore``    the power button is told of, and nothing else
 ``guest.poweroff_after=N``    powers down by itself, N seconds after it was ready
+``guest.address=A/LEN,R``     eth0 has this IPv4 address, and R for its router, without DHCP; `,R` may be left out
+``guest.ipv6=only``           no DHCP; without this word an IPv6-only network is found out after four seconds
 ``guest.control=1``           more pages in /cgi-bin/: ``poweroff``, ``panic``, ``ping?ADDRESS``,
-                              ``flood?MIB`` (lines to the console, then `guest: flood done`)
+                              ``flood?MIB`` (lines to the console, then `guest: flood done`),
+                              ``traffic?KIND,ADDRESS,PORT`` and ``traffic?stop``
+
+Traffic goes on until it is stopped, as fast as the guest can, and several kinds at once if asked for one after
+the other. A connection that is refused, closed, or without an acknowledgement for 1 to 2 s is made again at once.
+
+========  ========================================================================================================
+tcp-up    sends the lines 00001 to 99999 over and over, on each connection from the first on
+tcp-down  receives, and sends one byte five times per second: that is how it learns that nobody is there any more
+udp       sends datagrams of about 100 bytes
+========  ========================================================================================================
 """
 
 from __future__ import annotations
