@@ -4,9 +4,10 @@
 QEMU's ``-netdev passt`` tells of nothing by events (11.1: measured). Its ``info network`` names passt's pid, and a
 pidfd tells of that one's end. What QEMU makes of it is asked for, again and again for a few seconds, and then no more.
 
-With this netdev QEMU 11.1's main loop sometimes misses a wake-up at its start, and its monitors stay silent: at 10 of
-24 starts on a busy machine, without qrapd as well, and at none of 8 with another netdev. It goes on with whatever
-comes next on one of its sockets (4 of 4), and :func:`keep_awake` sees to that.
+With this netdev QEMU 11.1 sometimes hangs at its start, without qrapd as well: 10 of 24 starts on a busy machine, and
+none of 8 with another netdev (measured). Where its main loop has missed a wake-up it goes on with whatever comes next
+on one of its sockets (4 of 4), and :func:`keep_awake` sees to that. Where it has not got so far that its monitor would
+greet (5 of 32), nothing helps, and the VM's start fails.
 """
 
 from __future__ import annotations

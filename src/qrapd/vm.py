@@ -160,7 +160,7 @@ class Vm:
                 tasks.start_soon(self._connect_qmp, tasks)
             case Action.ANNOUNCE_READY:
                 self._announce_ready()
-                if any(link.plan.stall_timeout for link in self.links):
+                if self.links:
                     tasks.start_soon(self._watch_for_hangs)
             case Action.POWER_DOWN:
                 self._emit("vm.stopping", reason="request", how="power-down")
