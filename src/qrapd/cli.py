@@ -205,12 +205,15 @@ def plan(file: str, as_json: bool, **_: object) -> None:
 
     made = _plan(file)
     passts = [
-        command_line(link.passt, f"LINK{link.index}_PASST_FD") if link.passt else None for link in made.links
+        command_line(link.passt, f"LINK{link.index}_PASST_FD")
+        if link.passt and link.mode != "native"
+        else None
+        for link in made.links
     ]
     qemu = made.command_line(Endpoints.placeholders(len(made.links)))
     if as_json:
         links = [
-            {"index": link.index, "mac": link.mac, "source": link.source, "passt": argv}
+            {"index": link.index, "mode": link.mode, "mac": link.mac, "source": link.source, "passt": argv}
             for link, argv in zip(made.links, passts, strict=True)
         ]
         click.echo(
@@ -218,7 +221,9 @@ def plan(file: str, as_json: bool, **_: object) -> None:
         )
         return
     for link, argv in zip(made.links, passts, strict=True):
-        if argv is None:
+        if link.mode == "native":
+            click.echo(f"# link {link.index}: QEMU starts its passt itself\n")
+        elif argv is None:
             click.echo(f"# link {link.index}: a passt that is there already ({link.source})\n")
         else:
             click.echo(f"# link {link.index}, in {made.passt_directory}\n{_wrapped(argv)}\n")

@@ -4,10 +4,9 @@
 QEMU's ``-netdev passt`` tells of nothing by events (11.1: measured). Its ``info network`` names passt's pid, and a
 pidfd tells of that one's end. What QEMU makes of it is asked for, again and again for a few seconds, and then no more.
 
-With this netdev QEMU 11.1 sometimes hangs at its start, without qrapd as well: 10 of 24 starts on a busy machine, and
-none of 8 with another netdev (measured). Where its main loop has missed a wake-up it goes on with whatever comes next
-on one of its sockets (4 of 4), and :func:`keep_awake` sees to that. Where it has not got so far that its monitor would
-greet (5 of 32), nothing helps, and the VM's start fails.
+With this netdev QEMU 11.1.3 sometimes hangs at its start, without qrapd as well: 6 of 16 starts on a busy machine, and
+none of 8 with another netdev (measured). Those whose monitor had greeted went on with whatever came next on one of
+their sockets (4 of 4), and :func:`keep_awake` sees to that. With it 5 of 32 starts under qrapd still failed.
 """
 
 from __future__ import annotations

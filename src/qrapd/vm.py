@@ -244,7 +244,8 @@ class Vm:
         self._post(Event.QEMU_SPAWNED)
 
     def _write_record(self) -> None:
-        assert self._qemu is not None
+        if self._qemu is None:
+            return  # it will be written when there is one
         passts = (link.process_id for link in self.links)
         try:
             record.write(
