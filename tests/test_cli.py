@@ -53,7 +53,11 @@ BAD_FILES = {
         "link[0].passt.no_such_option",
         "",
     ),
-    "a mode to come": ('[[link]]\nmode = "native"\n', "link[0].mode: is not supported by qrapd", ""),
+    "a mode that cannot be": (
+        '[[link]]\nmode = "native"\nsource = "probe"\n',
+        "link[0].mode: is for a passt that is started for it",
+        "remove `source`",
+    ),
 }
 
 
