@@ -214,7 +214,10 @@ def judge_exit(
         return Verdict(Reason.KILLED, failure=True)
     if shutdown_cause == "guest-panic":
         return Verdict(Reason.GUEST_PANIC, failure=True)
-    if exit_code != 0 or shutdown_cause == "host-error":
+    if exit_code is None and shutdown_cause is None:
+        # An adopted QEMU whose end nobody could tell us: one that ends in order says so before.
+        return Verdict(Reason.KILLED, failure=True)
+    if exit_code not in (0, None) or shutdown_cause == "host-error":
         return Verdict(Reason.FAILED, failure=True)
     # Someone else's `quit`, from the user's own monitor for instance.
     if shutdown_cause in {"host-qmp-quit", "host-ui"}:

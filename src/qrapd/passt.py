@@ -150,7 +150,18 @@ class Passt:
             await self._silent.wait()
         return status
 
+    @classmethod
+    def adopt(cls, pid: int, started: int, program: str) -> Passt:
+        """Take over one that another qrapd has started; what it writes goes nowhere.
+
+        :raise ProcessLookupError: it has ended.
+        """
+        passt = cls(Process.adopt(pid, started), Path(program))
+        passt._silent.set()
+        return passt
+
     async def _listen(self, tell: Callable[[str], None]) -> None:
+        assert self._process.output is not None
         try:
             async for line in read_lines(self._process.output):
                 if not is_noise(line):

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -49,7 +50,7 @@ _SIGNALS_OF_A_CRASH = frozenset(
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a process ended: by an exit code, or by a signal."""
+    """How a process ended: by an exit code, or by a signal; by neither where nobody could tell us."""
 
     exit_code: int | None = None
     signal: int | None = None
@@ -66,14 +67,14 @@ class ExitStatus:
         """Whether the process came to grief by itself: a signal such as SIGKILL or SIGTERM is somebody's wish."""
         if self.signal is not None:
             return self.signal in _SIGNALS_OF_A_CRASH
-        return self.exit_code != 0
+        return self.exit_code not in (0, None)
 
     @property
-    def fields(self) -> dict[str, int]:
-        """As log fields: ``exit_code`` or ``signal``."""
+    def fields(self) -> dict[str, int | None]:
+        """As log fields: ``exit_code`` or ``signal``; an exit code of None is not known."""
         if self.signal is not None:
             return {"signal": self.signal}
-        return {"exit_code": self.exit_code or 0}
+        return {"exit_code": self.exit_code}
 
     def __str__(self) -> str:
         if self.signal is not None:
@@ -81,31 +82,45 @@ class ExitStatus:
                 return f"killed by {signal.Signals(self.signal).name}"
             except ValueError:
                 return f"killed by signal {self.signal}"
-        return f"exit status {self.exit_code}"
+        return "how is not known" if self.exit_code is None else f"exit status {self.exit_code}"
 
 
 class Process:
-    """A running child. ``output`` is the read end of its stdout and stderr, for :func:`read_lines`."""
+    """A running process: a child, or one that another qrapd has left. Both are watched by pidfd.
 
-    def __init__(self, child: asyncio.subprocess.Process, output: int) -> None:
-        self._child = child
-        self.pid = child.pid
+    :ivar output: the read end of a child's stdout and stderr, for :func:`read_lines`; None for one that was adopted.
+    """
+
+    def __init__(self, pid: int, pidfd: int, started: int, output: int | None) -> None:
+        self.pid = pid
+        self.start_time = started
         self.output = output
+        self._pidfd = pidfd
+
+    @classmethod
+    def adopt(cls, pid: int, started: int) -> Process:
+        """Take over a process by its pid and start time, which together name it for good.
+
+        :raise ProcessLookupError: it has ended.
+        """
+        pidfd = os.pidfd_open(pid)
         try:
-            self.start_time = start_time(child.pid)
-            self._pidfd = os.pidfd_open(child.pid)
-        except ProcessLookupError:
-            # It has ended in the meantime, and asyncio may have collected it: its pid can be anyone's by now.
-            self.start_time, self._pidfd = 0, -1
+            # The pid may have become another's before the pidfd was made: then the start time is another, too.
+            if start_time(pid) != started:
+                raise ProcessLookupError(pid)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        return _Adopted(pid, pidfd, started)
 
     @property
     def alive(self) -> bool:
         """Whether the end of the process has not been noticed yet."""
-        return self._child.returncode is None
+        raise NotImplementedError
 
     async def wait(self) -> ExitStatus:
         """Wait for the end; may be called by several tasks, and again afterwards."""
-        return ExitStatus.from_returncode(await self._child.wait())
+        raise NotImplementedError
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal; nothing happens if the process has ended (a pidfd never names another one)."""
@@ -133,6 +148,79 @@ class Process:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+class _Child(Process):
+    """A process that was started here."""
+
+    def __init__(self, child: asyncio.subprocess.Process, output: int) -> None:
+        try:
+            started, pidfd = start_time(child.pid), os.pidfd_open(child.pid)
+        except ProcessLookupError:
+            # It has ended in the meantime, and asyncio may have collected it: its pid can be anyone's by now.
+            started, pidfd = 0, -1
+        super().__init__(child.pid, pidfd, started, output)
+        self._child = child
+
+    @property
+    def alive(self) -> bool:
+        return self._child.returncode is None
+
+    async def wait(self) -> ExitStatus:
+        return ExitStatus.from_returncode(await self._child.wait())
+
+
+class _Adopted(Process):
+    """A process that was started by another qrapd, or by this one before it was another program.
+
+    How it ends is known only in the latter case, where it is still a child.
+    """
+
+    def __init__(self, pid: int, pidfd: int, started: int) -> None:
+        super().__init__(pid, pidfd, started, None)
+        self._status: ExitStatus | None = None
+        self._ended = anyio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def alive(self) -> bool:
+        if self._status is None and select.select([self._pidfd], [], [], 0)[0]:
+            self._collect()
+        return self._status is None
+
+    async def wait(self) -> ExitStatus:
+        if self._loop is None and self.alive:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._pidfd, self._collect)
+        if self._status is None:
+            await self._ended.wait()
+        assert self._status is not None
+        return self._status
+
+    def _collect(self) -> None:
+        try:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            ended = None
+        if ended is None:
+            self._status = ExitStatus()
+        elif ended.si_code == os.CLD_EXITED:
+            self._status = ExitStatus(exit_code=ended.si_status)
+        else:
+            self._status = ExitStatus(signal=ended.si_status)
+        self._stop_watching()
+        self._ended.set()
+
+    def _stop_watching(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._pidfd)
+            self._loop = None
+
+    def close(self) -> None:
+        self._stop_watching()
+        if self._status is None:  # nobody may ask a pidfd that is gone
+            self._status = ExitStatus()
+        super().close()
 
 
 async def spawn(
@@ -174,7 +262,7 @@ async def spawn(
         raise
     finally:
         os.close(write_end)
-    return Process(child, read_end)
+    return _Child(child, read_end)
 
 
 def cannot_run(program: str, directory: str | Path, error: OSError) -> Unavailable:

@@ -101,7 +101,8 @@ class Qemu:
             self.words.append(line)
             tell(line)
 
-        self._hand_on(tasks, self.process.output, remember)
+        if self.process.output is not None:
+            self._hand_on(tasks, self.process.output, remember)
         if self._console is not None:
             self._hand_on(tasks, self._console.detach(), tell_console)
 
