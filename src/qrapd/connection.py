@@ -21,7 +21,7 @@ from qrapd.passt import Passt
 from qrapd.plan import LinkPlan
 from qrapd.process import ExitStatus
 from qrapd.record import ProcessId
-from qrapd.stream import HangUpWatch, HeldStream
+from qrapd.stream import HangUpWatch, HeldStream, widen
 
 if TYPE_CHECKING:
     from qrapd.listeners import ListenerWatch
@@ -121,7 +121,15 @@ async def acquire(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup)
 
 
 async def _start_passt(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup) -> Connection:
-    ours, passts = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        ours, passts = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise Unavailable(
+            f"no socketpair could be made for passt: {error.strerror}",
+            hint="raise the limit with: ulimit -n 1024",
+        ) from error
+    widen(ours)
+    widen(passts)
     stream = HeldStream(ours)
     try:
         passt = await Passt.start(
@@ -159,6 +167,7 @@ async def _claim_passt(plan: LinkPlan, emit: Emit) -> Connection:
     except OSError as error:  # for want of an fd, say: a running VM must not end by it
         raise Unavailable(f"no passt could be looked for: {error.strerror or error}") from error
     found.socket.setblocking(False)
+    widen(found.socket)
     return Connection(HeldStream(found.socket), None, found.pid, found.path)
 
 

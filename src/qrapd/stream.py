@@ -13,7 +13,22 @@ from collections.abc import Callable
 
 import anyio
 
-__all__ = ["HangUpWatch", "HeldStream"]
+__all__ = ["HangUpWatch", "HeldStream", "widen"]
+
+BUFFER_SIZE = 4 * 1024 * 1024
+"""Bytes. With the default, 208 KiB, a guest behind a hub sends at 0.43 of the speed that it has without one, and
+receives at 0.45; with this at 1.00 and 0.94 (measured with QEMU 7.2)."""
+
+_SO_SNDBUFFORCE = 32
+"""As SO_SNDBUF, beyond net.core.wmem_max, for whoever has CAP_NET_ADMIN: Linux' asm-generic/socket.h, socket(7)."""
+
+
+def widen(end: socket.socket) -> None:
+    """Let more wait in a stream for the other end to read it. Without privilege net.core.wmem_max is the most."""
+    try:
+        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, BUFFER_SIZE)
+    except OSError:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_SIZE)
 
 
 class HeldStream:
