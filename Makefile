@@ -3,7 +3,7 @@
 # The doors to this repository. ARGS goes to the command behind a target: make test ARGS="-k link"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format lock schema newer-roots test-matrix versions bench-start bench-overhead bench-probe bench-outage man clean
+.PHONY: help setup demo install uninstall test test-slow test-all lint format lock schema newer-roots test-matrix versions bench-start bench-overhead bench-probe bench-outage man clean
 
 BIN := .venv/bin
 # Tests that share something of the host name it with @pytest.mark.xdist_group, and then run one after the other.
@@ -35,6 +35,12 @@ test-matrix: setup  ## the link tests on this host and in the newer roots; as ro
 
 versions: setup  ## the same, and writes what works where into docs/versions.md
 	@$(BIN)/python scripts/matrix.py --write $(ARGS)
+
+install:  ## installs qrapd with its units: as root into /usr/local, else into ~/.local; PREFIX=, DESTDIR=, PYTHON=
+	@scripts/install
+
+uninstall:  ## takes that away again; VM files and disk images stay
+	@scripts/install --uninstall
 
 lint: setup  ## ruff, mypy, layers and the like: tests/test_code.py
 	@$(BIN)/pytest tests/test_code.py $(ARGS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the benchmarks share: qrapd's command, processes that do not outlive a run, figures with their spread."""
+"""What the benchmarks share: qrapd's command, what does not outlive a run, figures with their spread."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qrapd.guest import GuestImage
+
 __all__ = [
+    "LOG",
     "RunFailed",
     "arguments",
     "children",
     "ended",
+    "free_port",
+    "guest_arguments",
+    "log_end",
+    "open_directory",
     "peak_rss_mib",
     "pidfd",
     "qrapd_run",
     "spread",
     "warm_environment",
 ]
+
+LOG = "log"
+"""Where a run's output goes, in its directory."""
 
 
 class RunFailed(Exception):
@@ -44,6 +56,36 @@ def qrapd_run(file: Path) -> list[str]:
     """``qrapd run FILE`` under the interpreter that runs this, with a runtime directory beside the file."""
     script = Path(sys.executable).with_name("qrapd")
     return [sys.executable, str(script), "run", str(file), "--runtime-dir", str(file.parent / "run")]
+
+
+def guest_arguments(guest: GuestImage, *words: str) -> list[str]:
+    """What QEMU gets for the guest, whoever runs it; ``words`` go to the kernel's command line."""
+    append = " ".join([guest.command_line, *words])
+    return [
+        *("-machine", "q35", "-m", "128M", "-no-reboot"),
+        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", append),
+    ]
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody has at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def open_directory(name: str) -> Iterator[Path]:
+    """A directory for one run, in which every passt can make its socket."""
+    with tempfile.TemporaryDirectory(prefix=f"qrapd-{name}-", ignore_cleanup_errors=True) as path:
+        if os.geteuid() == 0:
+            # passt becomes nobody, and that of 2023 does so before it binds its socket.
+            Path(path).chmod(0o777)
+        yield Path(path)
+
+
+def log_end(directory: Path) -> str:
+    """The end of what a run wrote, for an error."""
+    return (directory / LOG).read_text(errors="replace")[-2000:].strip() or "it wrote nothing"
 
 
 def warm_environment(bytecode: Path) -> dict[str, str]:

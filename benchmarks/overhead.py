@@ -14,7 +14,6 @@ import os
 import selectors
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import RunFailed, arguments, ended, peak_rss_mib, pidfd, qrapd_run, spread, warm_environment
+from common import (
+    LOG,
+    RunFailed,
+    arguments,
+    ended,
+    free_port,
+    guest_arguments,
+    log_end,
+    open_directory,
+    peak_rss_mib,
+    pidfd,
+    qrapd_run,
+    spread,
+    warm_environment,
+)
+from http_client import HttpClient
 
 from qrapd import binaries, plan, vm_files
 from qrapd.errors import QrapdError
@@ -84,7 +98,7 @@ class Pair:
 
 def boot_by_script(guest: GuestImage) -> float:
     """Boot the guest by the script and end it; returns the seconds until it answered."""
-    with _directory() as directory:
+    with open_directory("overhead") as directory:
         made, port = _plan(directory, guest)
         script = directory / "boot.sh"
         script.write_text(
@@ -106,33 +120,24 @@ def boot_by_script(guest: GuestImage) -> float:
 
 def boot_under_qrapd(guest: GuestImage, environment: dict[str, str]) -> tuple[float, float]:
     """Boot the guest under qrapd and end it in order; returns the seconds until it answered, and qrapd's MiB."""
-    with _directory() as directory:
+    with open_directory("overhead") as directory:
         _made, port = _plan(directory, guest)
         with _started(qrapd_run(directory / "vm.toml"), directory, environment) as (child, started):
-            seconds = _wait_for_answer(port, started, child, directory / "log")
+            seconds = _wait_for_answer(port, started, child, directory / LOG)
             rss = peak_rss_mib(child.pid)
             child.send_signal(signal.SIGTERM)
             if status := child.wait(END_TIMEOUT):
-                raise RunFailed(f"qrapd ended with {status}: {_log(directory)}")
+                raise RunFailed(f"qrapd ended with {status}: {log_end(directory)}")
     return seconds, rss
 
 
 def _plan(directory: Path, guest: GuestImage) -> tuple[Plan, int]:
     """What qrapd would run, from a file that is written here, and the host's port that leads to the guest."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = int(listener.getsockname()[1])
+    port = free_port()
     file = directory / "vm.toml"
     # A JSON string is a TOML string, too.
-    file.write_text(_VM_FILE.format(args=json.dumps(_arguments(guest)), port=port))
+    file.write_text(_VM_FILE.format(args=json.dumps(guest_arguments(guest)), port=port))
     return plan.resolve(vm_files.read(file)), port
-
-
-def _arguments(guest: GuestImage) -> list[str]:
-    """What QEMU gets on both sides."""
-    return [
-        *("-machine", "q35", "-m", "128M", "-no-reboot"),
-        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", guest.command_line),
-    ]
 
 
 def _qemu_by_hand(made: Plan, guest: GuestImage, directory: Path) -> list[str]:
@@ -145,7 +150,7 @@ def _qemu_by_hand(made: Plan, guest: GuestImage, directory: Path) -> list[str]:
         *("-serial", f"file:{directory}/console"),
         *("-netdev", f"stream,id=net,server=off,addr.type=unix,addr.path={directory}/passt.sock"),
         *("-device", f"virtio-net-pci,netdev=net,mac={made.links[0].mac}"),
-        *_arguments(guest),
+        *guest_arguments(guest),
     ]
 
 
@@ -153,20 +158,11 @@ def _qemu_by_hand(made: Plan, guest: GuestImage, directory: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="qrapd-overhead-") as name:
-        if os.geteuid() == 0:
-            # passt becomes nobody, and that of 2023 does so before it binds its socket.
-            Path(name).chmod(0o777)
-        yield Path(name)
-
-
-@contextlib.contextmanager
 def _started(
     command: list[str], directory: Path, environment: dict[str, str] | None
 ) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A running command and when it was started; its output goes to a file, of which errors quote the end."""
-    with (directory / "log").open("wb") as output:
+    with (directory / LOG).open("wb") as output:
         started = time.monotonic()
         child = subprocess.Popen(
             command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -175,7 +171,7 @@ def _started(
         try:
             yield child, started
         except subprocess.TimeoutExpired as error:
-            raise RunFailed(f"{error}: {_log(directory)}") from None
+            raise RunFailed(f"{error}: {log_end(directory)}") from None
 
 
 @contextlib.contextmanager
@@ -194,82 +190,22 @@ def _passt_ended(pid_file: Path) -> Iterator[None]:
                 signal.pidfd_send_signal(passt, signal.SIGTERM)
 
 
-def _log(directory: Path) -> str:
-    return (directory / "log").read_text(errors="replace")[-2000:].strip() or "it wrote nothing"
-
-
-# --- the client ---------------------------------------------------------------------------------------
-
-
-class _Client:
-    """Asks again and again, each time on a new connection, several of which are under way at once."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._selector = selectors.DefaultSelector()
-        self._begun: dict[socket.socket, float] = {}
-
-    def close(self) -> None:
-        """Drop what is under way."""
-        for connection in list(self._begun):
-            self._drop(connection)
-        self._selector.close()
-
-    @property
-    def asking(self) -> bool:
-        """Whether an attempt is under way."""
-        return bool(self._begun)
-
-    def ask(self) -> None:
-        """Begin one more attempt, and drop those that have hung for too long."""
-        now = time.monotonic()
-        for connection in [each for each, begun in self._begun.items() if begun < now - PATIENCE]:
-            self._drop(connection)
-        connection = socket.socket()
-        connection.setblocking(False)
-        connection.connect_ex(("127.0.0.1", self._port))
-        self._begun[connection] = now
-        self._selector.register(connection, selectors.EVENT_WRITE)
-
-    def answered(self, until: float) -> bool:
-        """Go on with all attempts until that time, or until one is answered with 200."""
-        while (seconds := until - time.monotonic()) > 0:
-            for key, events in self._selector.select(seconds):
-                connection = key.fileobj
-                assert isinstance(connection, socket.socket)
-                if self._advance(connection, events):
-                    return True
-        return False
-
-    def _advance(self, connection: socket.socket, events: int) -> bool:
-        try:
-            if events & selectors.EVENT_WRITE:  # connected, or refused
-                connection.send(b"GET / HTTP/1.0\r\n\r\n")
-                self._selector.modify(connection, selectors.EVENT_READ)
-                return False
-            answer = connection.recv(4096)
-        except OSError:
-            answer = b""
-        self._drop(connection)
-        return answer.startswith(b"HTTP/1.") and answer.split()[1] == b"200"
-
-    def _drop(self, connection: socket.socket) -> None:
-        del self._begun[connection]
-        self._selector.unregister(connection)
-        connection.close()
+# --- the guest ------------------------------------------------------------------------------------------
 
 
 def _wait_for_answer(port: int, started: float, child: subprocess.Popen[bytes], console: Path) -> float:
     """Wait for the guest's first answer; returns the seconds since the start."""
-    with contextlib.closing(_Client(port)) as client:
+    with contextlib.closing(HttpClient(port, PATIENCE)) as client:
         for number in itertools.count():
             due = started + number * INTERVAL
             if client.answered(until=due):
                 break
             if child.poll() is not None:
-                raise RunFailed(f"{child.args!r} ended with {child.returncode}: {_log(console.parent)}")
+                raise RunFailed(f"{child.args!r} ended with {child.returncode}: {log_end(console.parent)}")
             if due > started + BOOT_TIMEOUT:
-                raise RunFailed(f"no answer from the guest within {BOOT_TIMEOUT:g} s: {_log(console.parent)}")
+                raise RunFailed(
+                    f"no answer from the guest within {BOOT_TIMEOUT:g} s: {log_end(console.parent)}"
+                )
             if client.asking or (console.exists() and LEASE in console.read_bytes()):
                 client.ask()
         return time.monotonic() - started

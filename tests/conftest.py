@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from booted import Booted, boot
 from qrapd.guest import GuestImage, build_guest, default_cache
 from support import NOBODY, open_directory
 
@@ -89,3 +90,10 @@ def nobodys_python() -> Iterator[list[str]]:
         if probe.returncode != 0:
             pytest.skip(f"cannot run as another user: {probe.stderr.strip()}")
         yield command
+
+
+@pytest.fixture(scope="session")
+def booted() -> Iterator[Booted]:
+    """A real systemd with journald; its tests are of one group, so that one worker boots it: xdist_group("systemd")."""
+    with boot() as machine:
+        yield machine

@@ -16,7 +16,14 @@ from qrapd.messages import EVENTS, OUTPUT_EVENTS, headline, sentence
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "qrapd"
 
 # Bound once, for all that is told below.
-BOUND = {"supervisor.py": {"vm"}, "vm.py": {"vm"}, "link.py": {"vm", "link"}, "connection.py": {"vm", "link"}}
+BOUND = {
+    "supervisor.py": {"vm"},
+    "vm.py": {"vm"},
+    "link.py": {"vm", "link"},
+    "connection.py": {"vm", "link"},
+    "native.py": {"vm", "link"},
+    "vhost_user.py": {"vm", "link"},
+}
 
 # What users' queries rely on: these fields at least, wherever the event is told.
 PROMISED = {

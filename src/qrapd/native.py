@@ -164,12 +164,24 @@ class NativeLink(Link):
         except ProcessLookupError:  # which its pidfd will tell
             self._served_by = ProcessId(pid, 0)
         self._around.note_change()
-        who = {"generation": self.generation, "source": self.plan.source, "passt_pid": pid, "socket": None}
         if first:
-            self._emit("link.connected", **who)
+            self._emit(
+                "link.connected",
+                generation=self.generation,
+                source=self.plan.source,
+                passt_pid=pid,
+                socket=None,
+            )
         else:
             outage = time.monotonic() - self._lost_at
-            self._emit("link.restored", outage_ms=round(outage * 1000, 1), **who)
+            self._emit(
+                "link.restored",
+                generation=self.generation,
+                outage_ms=round(outage * 1000, 1),
+                source=self.plan.source,
+                passt_pid=pid,
+                socket=None,
+            )
 
 
 async def _wait_for_end(pid: int) -> None:

@@ -161,7 +161,6 @@ class Passt:
         return passt
 
     async def _listen(self, tell: Callable[[str], None]) -> None:
-        assert self._process.output is not None
         try:
             async for line in read_lines(self._process.output):
                 if not is_noise(line):

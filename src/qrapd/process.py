@@ -88,10 +88,10 @@ class ExitStatus:
 class Process:
     """A running process: a child, or one that another qrapd has left. Both are watched by pidfd.
 
-    :ivar output: the read end of a child's stdout and stderr, for :func:`read_lines`; None for one that was adopted.
+    :ivar output: the read end of a child's stdout and stderr, for :func:`read_lines`; -1 for one that was adopted.
     """
 
-    def __init__(self, pid: int, pidfd: int, started: int, output: int | None) -> None:
+    def __init__(self, pid: int, pidfd: int, started: int, output: int) -> None:
         self.pid = pid
         self.start_time = started
         self.output = output
@@ -177,7 +177,7 @@ class _Adopted(Process):
     """
 
     def __init__(self, pid: int, pidfd: int, started: int) -> None:
-        super().__init__(pid, pidfd, started, None)
+        super().__init__(pid, pidfd, started, -1)
         self._status: ExitStatus | None = None
         self._ended = anyio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -101,7 +101,7 @@ class Qemu:
             self.words.append(line)
             tell(line)
 
-        if self.process.output is not None:
+        if self.process.output >= 0:
             self._hand_on(tasks, self.process.output, remember)
         if self._console is not None:
             self._hand_on(tasks, self._console.detach(), tell_console)
