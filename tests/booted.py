@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -51,7 +51,7 @@ class Ended:
 class Booted:
     """The machine that was booted."""
 
-    def __init__(self, holder: subprocess.Popen[str], complaints: Path) -> None:
+    def __init__(self, holder: subprocess.Popen[str], complaints: IO[str]) -> None:
         self._holder = holder
         self._complaints = complaints
         self._pids: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -98,7 +98,11 @@ class Booted:
             if self._holder.poll() is not None or not Path(f"/proc/{self.pid}").exists():
                 break
             time.sleep(0.05)
-        raise RuntimeError(f"systemd did not come up: {self._complaints.read_text()[-2000:]}")
+        raise RuntimeError(f"systemd did not come up: {self._said()}")
+
+    def _said(self) -> str:
+        # Without moving the offset, which is the writer's as well.
+        return os.pread(self._complaints.fileno(), 10_000, 0).decode(errors="replace").strip()[-2000:]
 
     @property
     def root(self) -> Path:
@@ -233,7 +237,7 @@ def boot() -> Iterator[Booted]:
     """
     if reason := _missing():
         pytest.skip(reason)
-    with tempfile.NamedTemporaryFile("w", prefix="qrapd-test-boot-") as complaints:
+    with tempfile.TemporaryFile("w+") as complaints:
         holder = subprocess.Popen(
             [PROJECT / "tests/boot-systemd", PROJECT, *_interpreter()],
             stdin=subprocess.PIPE,
@@ -241,7 +245,7 @@ def boot() -> Iterator[Booted]:
             stderr=complaints,
             text=True,
         )
-        machine = Booted(holder, Path(complaints.name))
+        machine = Booted(holder, complaints)
         try:
             try:
                 machine.wait_until_up()

@@ -30,6 +30,8 @@ ALLOWED = [
     ),
     # written once for each new passt; read once, at the start
     ("record.py", {"write", "read"}),
+    # is anybody there, on a socket of the VM's own?
+    ("runtime_directory.py", {"is_answered"}),
     # /proc/PID/stat of a child that has just started
     ("process.py", {"start_time"}),
     # /proc/PID/stat and schedstat of each passt, once per second

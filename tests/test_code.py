@@ -33,7 +33,7 @@ LAYERS = [
     ["connection", "hub"],
     # one peer each
     ["listeners", "passt", "probe", "qemu", "qmp", "stream"],
-    ["running", "wrap"],
+    ["handover", "running", "wrap"],
     # what is to be started here, and what was
     ["plan", "record", "vm_files"],
     # the operating system
@@ -43,6 +43,7 @@ LAYERS = [
         "journal",
         "logs",
         "process",
+        "regain",
         "runtime_directory",
         "systemd",
         "unix_sockets",

@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
-
-import pytest
 
 from qrapd import __version__
 from qrapd.cli import main
@@ -61,21 +57,3 @@ def test_what_the_readme_shows_of_check(tmp_path: Path) -> None:
     assert shown is not None
     printed = qrapd("check", write_vm(tmp_path, "web").path).stdout
     assert shown[1].replace("no KVM", "KVM") in printed.replace("no KVM", "KVM")
-
-
-@pytest.mark.may_skip(reason="systemd is no part that qrapd needs")
-def test_the_unit_is_valid(tmp_path: Path) -> None:
-    """systemd has no complaint about the unit."""
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("there is no systemd-analyze here")
-    unit = tmp_path / "qrapd@.service"
-    program = shutil.which("true")
-    unit.write_text((PROJECT / "systemd/qrapd@.service").read_text().replace("=qrapd run", f"={program} run"))
-    ended = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(unit)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (0, "") == (ended.returncode, ended.stderr)

@@ -118,6 +118,33 @@ def test_options_by_which_no_passt_comes_up(subject: Subject) -> None:
     assert "link.failed" not in subject.run.names()
 
 
+def test_two_changes_in_a_row(subject: Subject) -> None:
+    """The second comes before the first has served, and does not work: what has served is gone back to."""
+    edit(subject, "[link.passt]", "[link.passt]\nno_ra = true")
+    subject.run.process.send_signal(signal.SIGHUP)
+    subject.run.wait_for("vm.reloaded", links=[0])
+    edit(subject, "no_ra = true", 'interface = "nonexistent0"')
+    subject.run.process.send_signal(signal.SIGHUP)
+    assert "the old ones stay" in subject.run.wait_for("link.notice")["notice"]
+    restored = subject.run.wait_for("link.restored", link=0)
+    subject.passt_pids[0], subject.generations[0] = restored["passt_pid"], restored["generation"]
+    fetch(subject.vm.ports[0])
+    assert "link.failed" not in subject.run.names()
+
+
+def test_another_number_of_links(subject: Subject) -> None:
+    """Which table is which card is not guessed: nothing is touched."""
+    text, pids = subject.vm.path.read_text(), list(subject.passt_pids)
+    before, link, second = text.split("[[link]]")
+    subject.vm.path.write_text(f"{before}[[link]]{second}")
+    told = reload(subject)
+    assert ([], ["link"]) == (told["links"], told["needs_restart"])
+    for port in subject.vm.ports:
+        fetch(port)
+    assert pids == subject.passt_pids
+    assert link
+
+
 def test_an_upgraded_passt(subject: Subject) -> None:
     """Another file in the program's place, as by a package manager: both links get the new one."""
     program = subject.vm.path.parent / "passt"

@@ -27,6 +27,7 @@ from qrapd.link import Link, Surroundings
 from qrapd.plan import LinkPlan
 from qrapd.qmp import Qmp
 from qrapd.stream import HangUpWatch
+from qrapd.systemd import Notifier
 from qrapd.unix_sockets import Kind, look_at
 from support import PATIENCE, Run, fetch, free_port
 
@@ -217,6 +218,11 @@ class NoQemu(Qmp):
 class AnyStream:
     """A NIC that takes every stream."""
 
+    number = 1
+
+    def adopt(self, number: int, *, swapping: bool) -> None:
+        """Nothing was there before."""
+
     async def swap(self, qmp: Qmp, stream: int) -> None:
         """Take it."""
 
@@ -263,7 +269,15 @@ async def link_without_vm(
 ) -> AsyncIterator[tuple[Link, Told]]:
     """A link that is up, and is released at the end."""
     told, hang_ups = Told(), HangUpWatch()
-    around = Surroundings(place, told.emit, hang_ups, lambda: None, lambda _: None)
+    around = Surroundings(
+        directory=place,
+        emit=told.emit,
+        hang_ups=hang_ups,
+        note_change=lambda: None,
+        keeper=Notifier(None),
+        is_ending=lambda: False,
+        note_failed_start=lambda _: None,
+    )
     link = Link(LinkPlan(0, source, "", 0, None, pattern=pattern), Seldom(5, 60.0), around)
     link._port = AnyStream()
     try:

@@ -169,6 +169,14 @@ def test_a_mode_that_the_installed_parts_lack_is_refused(mode: str, tmp_path: Pa
     assert problem.hint.endswith("use mode = 'swap', the default")
 
 
+def test_an_mtu_that_qemu_would_mix_up(tmp_path: Path, program: Path, passt: Path) -> None:
+    """Behind a hub no frame may be longer than the kernel takes in one piece."""
+    text = f"[[link]]\npasst_binary = '{passt}'\n[link.passt]\nmtu = 65520"
+    assert ["link[0].passt.mtu"] == [
+        problem.key for problem in problems_of(configuration(tmp_path, program, text))
+    ]
+
+
 @pytest.mark.parametrize("name", ["missing", "web.toml"])
 def test_a_working_directory_must_be_one(name: str, tmp_path: Path, program: Path) -> None:
     """The whole path is told, as the file has a relative one."""

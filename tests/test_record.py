@@ -14,9 +14,16 @@ import pytest
 
 from qrapd import record
 from qrapd.process import start_time
-from qrapd.record import ProcessId, Record
+from qrapd.record import LinkRecord, ProcessId, Record, Unusable
 
-RECORD = Record(ProcessId(100, 2000), (ProcessId(101, 2001), ProcessId(102, 2002)))
+RECORD = Record(
+    ProcessId(100, 2000),
+    (
+        LinkRecord(0, "swap", 3, 4, passt=ProcessId(101, 2001), passt_pid=101, inode=7),
+        LinkRecord(1, "swap", 1, 1, swapping=True, socket="/tmp/passt_1.socket"),
+    ),
+    ProcessId(99, 1999),
+)
 
 
 @pytest.mark.parametrize("written", [RECORD, Record(ProcessId(1, 1))])
@@ -32,7 +39,7 @@ def test_what_is_written_is_read(tmp_path: Path, written: Record) -> None:
 def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
     """Replacing is atomic: whoever reads while records are written always reads a whole one."""
     path = tmp_path / "record.json"
-    big = Record(ProcessId(1, 1), tuple(ProcessId(number, number) for number in range(2000)))
+    big = Record(ProcessId(1, 1), tuple(LinkRecord(number, "swap", 1, 1) for number in range(2000)))
     record.write(path, RECORD)
     done = threading.Event()
 
@@ -51,9 +58,10 @@ def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
 
 
 def test_no_record_is_none(tmp_path: Path) -> None:
-    """Neither a file that is not there nor one that cannot be read is an error."""
+    """A file that is not there is no error; one that cannot be read is."""
     assert record.read(tmp_path / "record.json") is None
-    assert record.read(tmp_path) is None
+    with pytest.raises(Unusable, match="cannot be read"):
+        record.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -66,37 +74,40 @@ def test_no_record_is_none(tmp_path: Path) -> None:
         "7",
         '"x"',
         "{}",
-        '{"version": 1}',
-        '{"version": 1, "qemu": null, "passts": []}',
-        '{"version": 1, "qemu": {"pid": 1}, "passts": []}',
-        '{"version": 1, "qemu": {"pid": 1, "start_time": 2, "more": 3}, "passts": []}',
-        '{"version": 1, "qemu": {"pid": 1, "start_time": 2}}',
-        '{"version": 1, "qemu": {"pid": 1, "start_time": 2}, "passts": [7]}',
+        '{"version": 2}',
+        '{"version": 2, "qemu": null, "links": [], "supervisor": null}',
+        '{"version": 2, "qemu": {"pid": 1}, "links": [], "supervisor": null}',
+        '{"version": 2, "qemu": {"pid": 1, "start_time": 2, "more": 3}, "links": [], "supervisor": null}',
+        '{"version": 2, "qemu": {"pid": 1, "start_time": 2}}',
+        '{"version": 2, "qemu": {"pid": 1, "start_time": 2}, "links": [7], "supervisor": null}',
     ],
 )
-def test_what_is_no_record_is_none(tmp_path: Path, text: str) -> None:
-    """Whatever has happened to the file, reading it does not fail."""
+def test_what_is_no_record_is_unusable(tmp_path: Path, text: str) -> None:
+    """Whatever has happened to the file, it is told from one that is not there."""
     path = tmp_path / "record.json"
     path.write_text(text)
-    assert record.read(path) is None
+    with pytest.raises(Unusable, match="is damaged"):
+        record.read(path)
 
 
-def test_a_part_of_a_record_is_none(tmp_path: Path) -> None:
+def test_a_part_of_a_record_is_unusable(tmp_path: Path) -> None:
     """A record that was cut off anywhere, by a disk that was full for instance, is none."""
     path = tmp_path / "record.json"
     record.write(path, RECORD)
     whole = path.read_bytes().rstrip()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
-        assert record.read(path) is None
+        with pytest.raises(Unusable):
+            record.read(path)
 
 
-@pytest.mark.parametrize("version", [2, 99, "1", None])
-def test_another_versions_record_is_none(tmp_path: Path, version: object) -> None:
+@pytest.mark.parametrize("version", [1, 99, "2", None])
+def test_another_versions_record_is_unusable(tmp_path: Path, version: object) -> None:
     """What a later version has written may look the same and mean something else."""
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"version": version, **asdict(RECORD)}))
-    assert record.read(path) is None
+    with pytest.raises(Unusable, match="version"):
+        record.read(path)
 
 
 def test_a_pid_with_another_start_time_is_another_process() -> None:

@@ -93,3 +93,21 @@ def test_a_guest_that_powers_down_is_started_again(guest: GuestImage, place: Pat
         assert float(fetch(vm.ports[0], "/cgi-bin/state").split("uptime=")[1].split()[0]) < 60
         assert 0 == run.stop()
         run.assert_nothing_left()
+
+
+def test_a_file_that_is_mended_between_two_starts(place: Path) -> None:
+    """The next start goes by it, and then there is a machine."""
+    vm = write_vm(place, "mended", args=["-drive", "file=/nonexistent"], qemu="powerdown_timeout = 0")
+    with_restart(vm.path, 'policy = "on-failure"\nlimit = 100')
+    with Run(vm.path, place / "run") as run:
+        for _ in range(3):  # by now the delay is 2 s
+            run.wait_for("vm.restarting")
+        text = vm.path.read_text()
+        vm.path.write_text(
+            text.replace('"-drive", "file=/nonexistent", ', "").replace(', "-drive", "file=/nonexistent"', "")
+        )
+        run.process.send_signal(signal.SIGHUP)
+        run.wait_for("vm.ready")
+        run.wait_for("vm.reloaded", needs_restart=[])
+        assert 0 == run.stop()
+        run.assert_nothing_left()

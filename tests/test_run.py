@@ -293,27 +293,6 @@ def test_a_vm_that_is_already_supervised(place: Path) -> None:
         first.assert_nothing_left()
 
 
-def test_a_qemu_left_by_a_killed_supervisor(place: Path) -> None:
-    """kill -9 of qrapd leaves its VM running; the next start refuses a second QEMU and names the first."""
-    vm = write_vm(place, "orphan", qemu="powerdown_timeout = 0")
-    with Run(vm.path, place / "run") as killed:
-        qemu = killed.wait_for("vm.started")["qemu_pid"]
-        killed.wait_for("vm.ready")
-        killed.process.kill()
-        killed.process.wait()
-        with Run(vm.path, place / "run") as refused:
-            assert 75 == refused.wait()
-            assert f"kill {qemu}" in refused.last("run.failed")["hint"]
-        os.kill(qemu, signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE
-        while any(child.alive for child in killed.children.values()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with Run(vm.path, place / "run") as again:
-            again.wait_for("vm.ready")
-            assert 0 == again.stop()
-            again.assert_nothing_left()
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [

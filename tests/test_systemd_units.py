@@ -32,7 +32,7 @@ USER_UNIT = UNITS / "user/qrapd@.service"
 CATALOG = UNITS / "qrapd.catalog"
 DOCUMENT = (PROJECT / "docs/systemd.md").read_text()
 
-WITH_KVM, WITHOUT_KVM = 2.1, 1.9
+WITH_KVM, WITHOUT_KVM = 2.3, 2.1
 """What `systemd-analyze security` may say at most; 10 is everything open."""
 
 in_systemd = [
@@ -350,6 +350,15 @@ class TestInSystemd:
             assert {qemu, passt} == set(machine.processes("qrapd@left"))
             record = json.loads(machine.path("/run/qrapd/left/record.json").read_text())
             assert qemu == record["qemu"]["pid"]
+
+    def test_qrapd_hangs_at_a_stop(self, machine: Booted, guest: GuestImage) -> None:
+        """Then systemd kills it, and what is left is ended all the same."""
+        drop_in(machine, "10", "TimeoutStopSec=2\nWatchdogSec=0\n", "qrapd@stuck")
+        with started(machine, "stuck", guest):
+            machine.run("kill", "-STOP", machine.show("qrapd@stuck", "MainPID"), check=True)
+            machine.systemctl("stop", "qrapd@stuck", check=False)
+            assert {} == machine.processes("qrapd@stuck")
+            assert not machine.path("/run/qrapd/stuck").exists()
 
     def test_reload(self, machine: Booted, guest: GuestImage) -> None:
         """`systemctl reload` brings in a changed port, and the guest notices nothing."""

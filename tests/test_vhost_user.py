@@ -102,7 +102,7 @@ def test_qemus_arguments() -> None:
         *("-machine", "memory-backend=qrapd-memory"),
         *("-chardev", "socket,id=link0-chardev,path=/run/a,,b/link0.sock"),
         *("-netdev", "vhost-user,id=link0-nic,chardev=link0-chardev"),
-        *("-device", "virtio-net-pci,id=link0,netdev=link0-nic,mac=52:54:00:00:00:01"),
+        *("-device", "virtio-net-pci,id=link0,netdev=link0-nic,mac=52:54:00:00:00:01,romfile="),
         *("-netdev", "socket,id=link1-stream1,fd=6"),
     ] == network[:12]
 

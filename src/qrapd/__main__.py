@@ -18,6 +18,7 @@ def main() -> None:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.argv[1:2] in (["run"], ["wrap"]):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     from qrapd.cli import run_command_line
 
     signal.signal(signal.SIGINT, interrupt)

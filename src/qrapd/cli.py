@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qrapd.logs import LogFormat, Logs
     from qrapd.plan import Plan
     from qrapd.probe import Candidate
+    from qrapd.vm import Outcome
 
 __all__ = ["run_command_line"]
 
@@ -172,6 +173,60 @@ def reload(file: str, runtime_dir: Path | None, **_: object) -> None:
     click.echo(
         f"{name}: its supervisor (pid {supervisor.pid}) reads the file again; its log says what changes"
     )
+
+
+@main.command()
+@click.argument("file", metavar="FILE|NAME")
+@_common_options
+def upgrade(file: str, runtime_dir: Path | None, **_: object) -> None:
+    """Have a running VM's supervisor replaced by the installed qrapd, in the same process.
+
+    The VM runs on, and its network, too.
+    """
+    import signal
+
+    from qrapd import running
+
+    name = _plan(file).name
+    supervisor = running.find_supervisor(_base(runtime_dir), name)
+    running.tell(supervisor, signal.SIGUSR2)
+    click.echo(
+        f"{name}: its supervisor (pid {supervisor.pid}) becomes qrapd {__version__}; its log says vm.adopted"
+    )
+
+
+@main.command()
+@click.argument("file", metavar="FILE|NAME")
+@_common_options
+def stop(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: str) -> int:
+    """Power a VM down, and wait for its end: also one whose supervisor is gone.
+
+    Ends with 0 if nothing of it runs any more, or never did.
+    """
+    import signal
+
+    from qrapd import running
+
+    made, base = _plan(file), _base(runtime_dir)
+    try:
+        supervisor = running.find_supervisor(base, made.name)
+    except Unavailable:
+        return _stop_left(made, base, log_format, log_level)
+    running.tell(supervisor, signal.SIGTERM)
+    running.wait_for_end(supervisor)
+    return ExitStatus.OK
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.argument("options", metavar="[JOURNALCTL_OPTION]...", nargs=-1, type=click.UNPROCESSED)
+def logs(name: str, options: tuple[str, ...]) -> None:
+    """Show a VM's log from the journal: qrapd's, passt's, QEMU's and the guest's lines. -f follows it."""
+    from qrapd.binaries import find_binary
+
+    # The unit's own lines, too: what systemd says of it has no field of ours.
+    command = [find_binary("journalctl"), *options, f"QRAPD_VM={name}", "+", f"UNIT=qrapd@{name}.service"]
+    os.execv(command[0], command)  # noqa: S606 (no shell, as always)
 
 
 @main.command()
@@ -368,8 +423,10 @@ def _run(
     *,
     from_file: bool = False,
 ) -> int:
+    from qrapd.handover import become_successor
     from qrapd.logs import JOURNAL_SOCKET, Logs
 
+    environment = dict(os.environ)  # as it was given to us, for whoever takes our place
     if log_format == "journal" and not JOURNAL_SOCKET.is_socket():
         raise Unavailable(
             f"there is no journal to write to: no socket {JOURNAL_SOCKET}",
@@ -377,9 +434,12 @@ def _run(
         )
     with Logs(log_format, log_level) as logs:
         try:
-            return _supervise(make_plan(), _base(runtime_dir), logs, make_plan if from_file else None)
+            outcome = _supervise(make_plan(), _base(runtime_dir), logs, make_plan if from_file else None)
         except QrapdError as error:
             return _tell(error, logs)
+    if outcome.stood_back:
+        become_successor(outcome.streams, environment)
+    return ExitStatus.OK
 
 
 def _base(runtime_dir: Path | None) -> Path:
@@ -388,12 +448,41 @@ def _base(runtime_dir: Path | None) -> Path:
     return runtime_dir or default_base(os.environ, os.geteuid())
 
 
-def _supervise(plan: Plan, base: Path, logs: Logs, reread: Callable[[], Plan] | None) -> int:
+def _supervise(plan: Plan, base: Path, logs: Logs, reread: Callable[[], Plan] | None) -> Outcome:
     import anyio
 
+    from qrapd.handover import take_streams
     from qrapd.supervisor import supervise
+    from qrapd.systemd import Notifier, watchdog_interval
 
-    anyio.run(partial(supervise, plan, base, logs.emit, reread=reread))
+    return anyio.run(
+        partial(
+            supervise,
+            plan,
+            base,
+            logs.emit,
+            reread=reread,
+            # What is for qrapd alone is taken out of the environment: QEMU and passt have no business with it.
+            streams=take_streams(os.environ),
+            watchdog=watchdog_interval(os.environ, os.getpid()),
+            notifier=Notifier.from_environment(os.environ),
+        )
+    )
+
+
+def _stop_left(made: Plan, base: Path, log_format: LogFormat, log_level: str) -> int:
+    """Take over what a supervisor has left, just to stop it."""
+    import anyio
+
+    from qrapd.logs import Logs
+    from qrapd.supervisor import supervise
+    from qrapd.vm import Vm
+
+    async def stop_it(vm: Vm) -> None:
+        vm.stop()
+
+    with Logs(log_format, log_level) as logs:
+        anyio.run(partial(supervise, made, base, logs.emit, companion=stop_it, only_left=True))
     return ExitStatus.OK
 
 

@@ -20,7 +20,7 @@ from qrapd.logs import Emit
 from qrapd.passt import Passt
 from qrapd.plan import LinkPlan
 from qrapd.process import ExitStatus
-from qrapd.record import ProcessId
+from qrapd.record import LinkRecord, ProcessId
 from qrapd.stream import HangUpWatch, HeldStream, widen
 
 if TYPE_CHECKING:
@@ -46,7 +46,25 @@ class Connection:
     status: ExitStatus | None = None
     """how our passt has ended"""
     hung_up: bool = False
+    held: bool = True
+    """whether ``stream`` is the one that is in use: it may be lost with the supervisor that had it"""
     _since: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def adopt(cls, record: LinkRecord, end: socket.socket | None, program: str) -> Connection:
+        """What another supervisor has left: its passt, if that lives, and its stream, if it could be regained.
+
+        :param program: which passt it is, where it is one of qrapd's.
+        """
+        passt = None
+        if record.passt is not None:
+            with contextlib.suppress(ProcessLookupError):
+                passt = Passt.adopt(record.passt.pid, record.passt.start_time, program)
+        held = end is not None
+        if end is None:
+            end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            other.close()
+        return cls(HeldStream(end), passt, record.passt_pid, record.socket, held=held)
 
     @property
     def process_id(self) -> ProcessId | None:

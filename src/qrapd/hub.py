@@ -42,6 +42,20 @@ class HubPort:
         self._plugged = [*stream_ids(link, FIRST_GENERATION)]
         self._leftovers: list[str] = []
 
+    @property
+    def number(self) -> int:
+        """Of the last stream that QEMU was given: with the link's index it names the port."""
+        return self._last
+
+    def adopt(self, number: int, *, swapping: bool) -> None:
+        """Go on where another supervisor was.
+
+        :param swapping: it had begun to give QEMU the next one.
+        """
+        self._last = number + swapping
+        self._plugged = [*stream_ids(self._link, number)]
+        self._leftovers = [*stream_ids(self._link, number + 1)] if swapping else []
+
     async def swap(self, qmp: Qmp, stream: int) -> None:
         """Put a stream under the NIC, in the place of the one that is there, and announce the guest on it.
 

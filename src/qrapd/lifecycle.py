@@ -30,6 +30,10 @@ class State(enum.Enum):
     """as launching, but a stop has come: QEMU will be ended as soon as it has a pid"""
     CONNECTING = "connecting"
     """QEMU has a pid; its QMP monitor has not answered yet"""
+    ADOPTING = "adopting"
+    """a QEMU that another supervisor has left is being taken over: its monitor has not answered yet"""
+    ADOPTING_TO_STOP = "adopting-to-stop"
+    """as adopting, but a stop has come"""
     READY = "ready"
     """the machine runs, every link had its stream"""
     POWERING_DOWN = "powering-down"
@@ -50,6 +54,7 @@ class Event(enum.Enum):
     """What can happen to a VM."""
 
     START = "start"
+    ADOPT = "adopt"
     LINKS_UP = "links up"
     LINKS_FAILED = "links failed"
     QEMU_SPAWNED = "qemu spawned"
@@ -61,6 +66,8 @@ class Event(enum.Enum):
     HURRY = "hurry"
     DEADLINE = "deadline"
     LINKS_DOWN = "links down"
+    LEAVE = "leave"
+    """another qrapd is to take over: this one goes, and the VM stays"""
 
 
 class Action(enum.Enum):
@@ -70,6 +77,10 @@ class Action(enum.Enum):
     SPAWN_QEMU = "spawn qemu"
     CONNECT_QMP = "connect qmp"
     ANNOUNCE_READY = "announce ready"
+    ADOPT = "adopt"
+    ANNOUNCE_ADOPTED = "announce adopted"
+    STAND_BACK = "stand back"
+    """leave QEMU and the passts as they are, and end"""
     POWER_DOWN = "power down"
     QUIT = "quit"
     TERMINATE = "terminate"
@@ -82,6 +93,7 @@ class Deadline(enum.Enum):
     """How long a state may last; the supervisor knows the seconds."""
 
     QMP = "qmp"
+    ADOPTION = "adoption"
     POWERDOWN = "powerdown"
     QUIT = "quit"
 
@@ -93,10 +105,12 @@ _RELEASE: Step = (_S.UNLINKING, (_A.RELEASE_LINKS,))
 _TERMINATE: Step = (_S.TERMINATING, (_A.TERMINATE,))
 _QUIT: Step = (_S.QUITTING, (_A.QUIT,))
 _KILL: Step = (_S.KILLING, (_A.KILL,))
+_STAND_BACK: Step = (_S.ENDED, (_A.STAND_BACK,))
 
 TABLE: dict[State, dict[Event, Step]] = {
     _S.NEW: {
         _E.START: (_S.LINKING, (_A.START_LINKS,)),
+        _E.ADOPT: (_S.ADOPTING, (_A.ADOPT,)),
         _E.STOP: (_S.ENDED, (_A.FINISH,)),
         _E.HURRY: (_S.ENDED, (_A.FINISH,)),
     },
@@ -128,8 +142,25 @@ TABLE: dict[State, dict[Event, Step]] = {
         _E.STOP: _TERMINATE,
         _E.HURRY: _KILL,
     },
+    _S.ADOPTING: {
+        _E.QMP_UP: (_S.READY, (_A.ANNOUNCE_ADOPTED,)),
+        # Ending a guest is the one thing that cannot be undone: what cannot be taken over is left alone.
+        _E.QMP_FAILED: _STAND_BACK,
+        _E.DEADLINE: _STAND_BACK,
+        _E.QEMU_EXITED: _RELEASE,
+        _E.STOP: (_S.ADOPTING_TO_STOP, ()),
+        _E.HURRY: (_S.ADOPTING_TO_STOP, ()),
+    },
+    _S.ADOPTING_TO_STOP: {
+        _E.QMP_UP: (_S.POWERING_DOWN, (_A.POWER_DOWN,)),
+        _E.QMP_FAILED: _TERMINATE,
+        _E.DEADLINE: _TERMINATE,
+        _E.QEMU_EXITED: _RELEASE,
+        _E.HURRY: _TERMINATE,
+    },
     _S.READY: {
         _E.QEMU_EXITED: _RELEASE,
+        _E.LEAVE: _STAND_BACK,
         _E.STOP: (_S.POWERING_DOWN, (_A.POWER_DOWN,)),
         _E.HURRY: _QUIT,
     },
@@ -161,6 +192,8 @@ TABLE: dict[State, dict[Event, Step]] = {
 
 DEADLINES: dict[State, Deadline] = {
     _S.CONNECTING: Deadline.QMP,
+    _S.ADOPTING: Deadline.ADOPTION,
+    _S.ADOPTING_TO_STOP: Deadline.ADOPTION,
     _S.POWERING_DOWN: Deadline.POWERDOWN,
     _S.QUITTING: Deadline.QUIT,
     _S.TERMINATING: Deadline.QUIT,

@@ -8,10 +8,11 @@ own, and QEMU is given that stream. The guest sees no change of carrier; its con
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from qrapd.link_lifecycle import Action, Event, State, advance
 from qrapd.logs import Emit
 from qrapd.plan import LinkPlan
 from qrapd.qemu_arguments import FIRST_GENERATION
-from qrapd.record import ProcessId
+from qrapd.record import LinkRecord, ProcessId
 from qrapd.stall import StallJudge, Verdict
 from qrapd.stream import HangUpWatch
 
@@ -51,6 +52,32 @@ _PASSTS = ("source", "passt", "pattern", "listen_addresses")
 _RELOADABLE = (*_PASSTS, "allowed_uids", "stall_timeout", "guest_addresses")
 
 
+def _passts(plan: LinkPlan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in _PASSTS}
+
+
+END_GRACE = 1.0
+"""Seconds between QEMU's dropping a connection and its end that count as one and the same."""
+
+PATIENCE_WITH_STRANGERS = 5
+"""Passts of somebody else's in a row that have not served for a second; the next ones are waited for."""
+
+
+def _refused_by_host(error: OSError) -> Unavailable:
+    hint = "raise the limit with: ulimit -n 1024" if error.errno == errno.EMFILE else None
+    return Unavailable(f"the host refused what a link needs: {error.strerror or error}", hint=hint)
+
+
+class Keeper(Protocol):
+    """Keeps fds for a supervisor that comes after this one."""
+
+    def store(self, name: str, fds: Sequence[int]) -> bool:
+        """Keep copies under a name."""
+
+    def forget(self, name: str) -> bool:
+        """Keep what has this name no more."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What a link has in common with the other links of its VM."""
@@ -61,6 +88,9 @@ class Surroundings:
     hang_ups: HangUpWatch
     note_change: Callable[[], None]
     """called when another passt serves a link"""
+    keeper: Keeper
+    is_ending: Callable[[], bool]
+    """whether the machine is on its way out"""
     note_failed_start: Callable[[Unavailable], None]
     """called when a link has lost its passt before the VM was ready, with the reason"""
 
@@ -79,6 +109,13 @@ class _Loss:
 
 class Port(Protocol):
     """A link's place in a running QEMU, such as a :class:`HubPort`."""
+
+    @property
+    def number(self) -> int:
+        """Of the last stream that QEMU was given."""
+
+    def adopt(self, number: int, *, swapping: bool) -> None:
+        """Go on where another supervisor was."""
 
     async def swap(self, qmp: Qmp, stream: int) -> None:
         """Put a stream under the NIC, in the place of the one that is there."""
@@ -106,10 +143,16 @@ class Link:
         self._connection: Connection | None = None
         self._loss: _Loss | None = None
         self._error: QrapdError | None = None
+        self._serving_plan: LinkPlan | None = None
+        """the plan by which the last passt served"""
         self._fallback: LinkPlan | None = None
+        """the plan to go back to, if no passt comes up by the new one"""
+        self.fell_back = False
+        """whether the plan is not the one that was wanted last"""
         self._listeners: ListenerWatch | None = None
         self._listened_for: LinkPlan | None = None
         self._judge = StallJudge(plan.stall_timeout)
+        self._short_lives = 0
         self._crashing = False
         """the last passt has crashed as soon as it served: the next one has to prove itself first"""
 
@@ -138,6 +181,64 @@ class Link:
             assert self._error is not None
             raise self._error
 
+    def adopt(self, record: LinkRecord, end: socket.socket | None, tasks: TaskGroup) -> None:
+        """Go on where another supervisor was; :meth:`heal_with` comes next.
+
+        :param end: its held stream, if that could be regained.
+        """
+        self._tasks = tasks
+        self.generation = record.generation
+        self._serving_plan = self.plan
+        self._port.adopt(record.number, swapping=record.swapping)
+        program = self.plan.passt[0] if self.plan.passt else ""
+        connection = self._connection = self._take_over(record, end, program)
+        if record.passt is not None and connection.passt is None:
+            loss = _Loss("exited", time.monotonic(), "while there was no supervisor")
+        elif record.swapping or not self._is_whole(connection):
+            loss = _Loss("requested", time.monotonic(), "its stream could not be taken over")
+        else:
+            self._hold(connection)
+            self._post(Event.ADOPTED)
+            return
+        self._loss = loss
+        self._post(Event.ADOPTED_LOST)
+
+    def _take_over(self, record: LinkRecord, end: socket.socket | None, program: str) -> Connection:
+        return Connection.adopt(record, end, program)
+
+    def _is_whole(self, connection: Connection) -> bool:
+        """Whether all is there that the link needs to go on."""
+        return connection.held
+
+    @property
+    def record(self) -> LinkRecord:
+        """What another supervisor would need to know to go on from here."""
+        connection = self._connection
+        return LinkRecord(
+            index=self.plan.index,
+            mode=self.plan.mode,
+            generation=self.generation,
+            number=self._port.number,
+            swapping=self.state not in {State.CONNECTED, State.UP},
+            passt=self.process_id,
+            passt_pid=connection.pid if connection else None,
+            socket=connection.path if connection else None,
+            inode=connection.stream.inode if connection else None,
+        )
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is under way that another supervisor could not go on with."""
+        return self.state in {State.UP, State.WAITING, State.FAILED}
+
+    def stand_back(self) -> list[int]:
+        """Leave passt as it is, and what QEMU has; returns the fds that whoever comes next can use."""
+        connection, self._connection = self._connection, None
+        self._forget_listeners()
+        if connection is not None and connection.passt is not None:
+            connection.passt.let_go()
+        return [connection.stream.socket.detach()] if connection is not None and connection.held else []
+
     def serve(self, listener: socket.socket) -> None:
         """Serve a QEMU that makes the connection itself, on a socket that is this link's from now on."""
         raise NotImplementedError(f"a link of mode {self.plan.mode} hands QEMU its stream")
@@ -150,23 +251,42 @@ class Link:
         self._qmp = qmp
         self._post(Event.VM_READY)
 
+    @property
+    def connected(self) -> bool:
+        """Whether a passt answers, and QEMU can be started."""
+        return self.state is State.CONNECTED
+
+    async def wait_until_idle(self) -> None:
+        """Wait for the end of what is under way."""
+        await self._idle.wait()
+
     def reload(self, plan: LinkPlan) -> bool:
         """Go by another plan from now on, as far as the NIC that is there allows it.
 
         Returns whether that takes another passt: with other options, from an upgraded program, or after failures.
-        If none comes up by the new plan, the one before is gone back to.
+        If none comes up by the new plan, the one by which the last one served is gone back to.
         """
-        before = self.plan
-        self.plan = replace(before, **{name: getattr(plan, name) for name in _RELOADABLE})
-        self._judge = StallJudge(self.plan.stall_timeout)
-        if not (self.state in {State.WAITING, State.FAILED} or self._is_outdated(before)):
+        if plan.mode != self.plan.mode:
+            return False  # another NIC
+        if plan.stall_timeout != self.plan.stall_timeout:
+            self._judge = StallJudge(plan.stall_timeout)
+        self.plan = replace(self.plan, **{name: getattr(plan, name) for name in _RELOADABLE})
+        self.fell_back = False
+        if not (self.state in {State.WAITING, State.FAILED} or self._is_outdated()):
             return False
-        self._fallback = before if self.state is State.UP else None
+        if self.state is State.UP:
+            # What comes next may be changed again before it has served: this is what has.
+            self._fallback = self._serving_plan
         self.renew()
         return self.state not in {State.ENDING, State.ENDED}
 
-    def _is_outdated(self, before: LinkPlan) -> bool:
-        if any(getattr(self.plan, name) != getattr(before, name) for name in _PASSTS):
+    def limit(self, limit: int, window: float) -> None:
+        """Give up after so many attempts that have failed within ``window`` seconds."""
+        self._backoff.limit, self._backoff.window = limit, window
+
+    def _is_outdated(self) -> bool:
+        """Whether passt is another one than the plan wants, or its program has been upgraded."""
+        if self._serving_plan is not None and _passts(self._serving_plan) != _passts(self.plan):
             return True
         passt = self._connection.passt if self._connection else None
         return passt is not None and passt.is_outdated
@@ -281,21 +401,32 @@ class Link:
         self._watch_listeners()
         try:
             connection = await self._get_connection(self._tasks)
-        except Unavailable as error:
-            self._error = error
-            self._fall_back(error)
+        except (Unavailable, OSError) as error:
+            self._error = failure = error if isinstance(error, Unavailable) else _refused_by_host(error)
+            self._fall_back(failure)
             self._post(Event.ACQUIRE_FAILED)
             return
         connection.introduce(self.plan.mac, self.plan.guest_addresses)
         self._connection = connection
-        connection.watch(self._around.hang_ups, self._tasks, partial(self._note_hang_up, connection))
+        self._hold(connection)
         self._post(Event.ACQUIRED)
+
+    def _hold(self, connection: Connection) -> None:
+        assert self._tasks is not None
+        connection.watch(self._around.hang_ups, self._tasks, partial(self._note_hang_up, connection))
+        if self.plan.mode == "swap":
+            self._around.keeper.store(self._stored_name, [connection.stream.fd])
+
+    @property
+    def _stored_name(self) -> str:
+        return f"link{self.plan.index}"
 
     def _fall_back(self, error: Unavailable) -> None:
         """A change of the file that does not work must not cost a guest the network that it had."""
         if self._fallback is None:
             return
-        self.plan, self._fallback = self._fallback, None
+        self.plan, self._fallback = replace(self.plan, **_passts(self._fallback)), None
+        self.fell_back = True
         self._emit(
             "link.notice",
             notice=f"passt does not come up with its new options, so the old ones stay: {error.message}",
@@ -318,6 +449,7 @@ class Link:
     def _tell_connected(self) -> None:
         assert self._connection is not None
         self.generation = FIRST_GENERATION
+        self._serving_plan = self.plan
         self._emit(
             "link.connected",
             generation=self.generation,
@@ -331,12 +463,14 @@ class Link:
         assert self._loss is not None
         outage = time.monotonic() - self._loss.at
         self.generation += 1
-        self._loss = self._fallback = None
+        self._loss = None
+        self._serving_plan, self._fallback = self.plan, None
         self._judge.reset()
         if self._crashing:
             self._backoff.succeed()
         else:
             self._backoff.forget()
+        self._around.note_change()
         self._emit(
             "link.restored",
             generation=self.generation,
@@ -361,17 +495,26 @@ class Link:
         self._post(Event.LOST)
 
     async def _reap(self) -> None:
+        if self._around.is_ending():
+            # A QEMU that ends drops its connections first: its end is the news, and release() comes next.
+            await anyio.sleep(END_GRACE)
         event = Event.REAPED
         if connection := self._connection:
             await self._bury(connection)
             if connection.has_proved_itself:
                 self._crashing = False
+                self._short_lives = 0
                 self._backoff.forget()
-            elif connection.crashed:
+            elif connection.crashed or self._is_unreliable(connection):
                 self._error = connection.explain_end()
                 self._crashing = True
                 event = Event.CRASHED
         self._post(event)
+
+    def _is_unreliable(self, connection: Connection) -> bool:
+        """Whether somebody else's passt has hung up at once, several times in a row: it would go on like that."""
+        self._short_lives += 1
+        return connection.passt is None and self._short_lives >= PATIENCE_WITH_STRANGERS
 
     async def _report_loss(self) -> None:
         connection = self._connection
@@ -401,7 +544,9 @@ class Link:
 
     async def _see_off(self, connection: Connection, *, kill: bool = False) -> None:
         self._around.hang_ups.remove(connection.stream)
-        await connection.see_off(kill=kill)
+        self._around.keeper.forget(self._stored_name)
+        # A stream that we do not hold cannot be hung up: its passt would wait for ever.
+        await connection.see_off(kill=kill or not connection.held)
         self._connection = None
         if connection.passt is not None and connection.status is not None:
             self._emit("passt.exited", pid=connection.passt.pid, **connection.status.fields)
@@ -409,6 +554,7 @@ class Link:
     def _plan_retry(self) -> None:
         assert self._error is not None
         delay = self._backoff.fail(time.monotonic())
+        self._watch_listeners()
         self._emit(
             "link.failed",
             attempts=self._backoff.attempts,

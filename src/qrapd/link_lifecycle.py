@@ -53,6 +53,10 @@ class Event(enum.Enum):
     """What can happen to a link."""
 
     START = "start"
+    ADOPTED = "adopted"
+    """a passt that another supervisor has left serves the link"""
+    ADOPTED_LOST = "adopted lost"
+    """there is a machine with the link's NIC, and no passt that could be taken over"""
     ACQUIRED = "acquired"
     ACQUIRE_FAILED = "acquire failed"
     VM_READY = "vm ready"
@@ -94,6 +98,8 @@ _END: Step = (_S.ENDING, (_A.LET_GO,))
 TABLE: dict[State, dict[Event, Step]] = {
     _S.NEW: {
         _E.START: (_S.STARTING, (_A.ACQUIRE,)),
+        _E.ADOPTED: (_S.CONNECTED, ()),
+        _E.ADOPTED_LOST: (_S.DOWN, ()),
         _E.RELEASE: _END,
     },
     _S.STARTING: {
@@ -102,7 +108,7 @@ TABLE: dict[State, dict[Event, Step]] = {
         _E.RELEASE: _END,
     },
     _S.DOWN: {
-        # The loss and the monitor's answer have crossed: now that there is a machine, it is healed.
+        # The loss and the monitor's answer have crossed, or nobody watched when it was lost: now it is healed.
         _E.VM_READY: _REAP,
         _E.RELEASE: _END,
     },

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from qrapd.config import Link
 from qrapd.errors import Problem
 from qrapd.guest_memory import check_shared_memory
-from qrapd.hub_mtu import check_mtu
 
 __all__ = ["Installed", "chardev_id", "check_mode", "native_netdev", "nic_netdev_id", "vhost_user_netdev"]
 
@@ -53,7 +52,7 @@ class Installed:
 def check_mode(index: int, link: Link, installed: Installed, args: Sequence[str]) -> list[Problem]:
     """Why a link cannot have its mode here; ``args`` are QEMU's, as the file has them."""
     if link.mode == "swap":
-        return [*check_mtu(index, link)]
+        return []
     problems = [*_check_file(index, link)]
     if link.source == "managed" and (lacking := _lacking(link.mode, installed)):
         problems.append(

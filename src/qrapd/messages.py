@@ -32,6 +32,11 @@ EVENTS: Mapping[str, EventKind] = {
         "4f101e605c5c4d799d04ee6564921b62",
         "the machine is {status}, {links} of {links} links connected",
     ),
+    "vm.adopted": EventKind(
+        "info",
+        "58b4f8b0174342898d9ea0528667f641",
+        "taken over from an earlier supervisor: QEMU (pid {qemu_pid}) is {status}, {links} links",
+    ),
     "vm.stopping": EventKind("info", "bdca7c9988f9472f9fa59dbb64d95d9d", "stopping ({how})"),
     "vm.exited": EventKind("info", "8a4b3ad50c194cebafd597a071391d13", "ended: {reason}"),
     "vm.restarting": EventKind(

@@ -28,7 +28,7 @@ from qrapd.link_modes import nic_netdev_id
 from qrapd.plan import LinkPlan
 from qrapd.process import start_time
 from qrapd.qemu_arguments import FIRST_GENERATION
-from qrapd.record import ProcessId
+from qrapd.record import LinkRecord, ProcessId
 
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
@@ -84,6 +84,19 @@ class NativeLink(Link):
         """Wait for QEMU, which does it all."""
         self._tasks = tasks
         self.state = LinkState.CONNECTED
+
+    def adopt(self, record: LinkRecord, end: socket.socket | None, tasks: TaskGroup) -> None:
+        """Go on watching."""
+        if end is not None:
+            end.close()
+        self._tasks = tasks
+        self.generation = record.generation
+        self._left_with = record.passt
+        self._lost_at = time.monotonic()
+        self.state = LinkState.CONNECTED
+
+    _left_with: ProcessId | None = None
+    """the passt that served it when another supervisor was there"""
 
     def heal_with(self, qmp: Qmp) -> None:
         """The VM is ready: from now on its passt is watched."""
@@ -156,6 +169,11 @@ class NativeLink(Link):
         return connected_pid(str(network), self.plan.index)
 
     def _tell_of(self, pid: int) -> None:
+        known, self._left_with = self._left_with, None
+        if known is not None and known.pid == pid and known.alive:
+            self.state, self._served_by = LinkState.UP, known
+            self._around.note_change()
+            return
         first = self.generation < FIRST_GENERATION
         self.generation += 1
         self.state = LinkState.UP

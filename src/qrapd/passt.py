@@ -160,6 +160,10 @@ class Passt:
         passt._silent.set()
         return passt
 
+    def let_go(self) -> None:
+        """Let it run on for another qrapd."""
+        self._process.let_go()
+
     async def _listen(self, tell: Callable[[str], None]) -> None:
         try:
             async for line in read_lines(self._process.output):

@@ -12,7 +12,7 @@ from pathlib import Path
 from qrapd import binaries
 from qrapd.config import Link, Restart, VmConfiguration, VmFile, chooses_accelerator
 from qrapd.errors import ConfigurationError, Problem, Unavailable
-from qrapd.hub_mtu import limit_mtu
+from qrapd.hub_mtu import check_mtu, limit_mtu
 from qrapd.link_modes import Installed, check_mode
 from qrapd.passt_options import check_against_help, read_help
 from qrapd.passt_options import command_line as passt_command_line
@@ -199,8 +199,11 @@ def _impossible_modes(
     :raise Unavailable: a program is not what its name says.
     """
     for index, (link, passt) in enumerate(zip(configuration.links, passts, strict=True)):
-        if link.mode == "swap" or (passt is None and link.source == "managed"):
+        if link.mode == "swap":
+            yield from check_mtu(index, link)
             continue
+        if passt is None and link.source == "managed":
+            continue  # which is told already
         installed = Installed(
             qemu=qemu,
             qemu_version=binaries.qemu_version(qemu),

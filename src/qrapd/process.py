@@ -149,6 +149,13 @@ class Process:
             os.close(self._pidfd)
             self._pidfd = -1
 
+    def let_go(self) -> None:
+        """Watch it no more, and let it run on, even when this program ends."""
+        self.close()
+
+
+_LET_GO: list[asyncio.subprocess.Process] = []
+
 
 class _Child(Process):
     """A process that was started here."""
@@ -168,6 +175,13 @@ class _Child(Process):
 
     async def wait(self) -> ExitStatus:
         return ExitStatus.from_returncode(await self._child.wait())
+
+    def let_go(self) -> None:
+        # asyncio's transport kills its child when it is collected.
+        _LET_GO.append(self._child)
+        if sys.version_info < (3, 12):
+            asyncio.get_event_loop_policy().get_child_watcher().remove_child_handler(self.pid)
+        super().let_go()
 
 
 class _Adopted(Process):

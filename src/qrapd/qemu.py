@@ -92,6 +92,25 @@ class Qemu:
                 unless_started.pop_all()
         return cls(plan, process, monitor, console, link_listeners)
 
+    @classmethod
+    def adopt(cls, plan: Plan, directory: VmDirectory, pid: int, started: int) -> Qemu:
+        """Take over a QEMU that another supervisor has left, by the sockets that it listens on.
+
+        :raise ProcessLookupError: it has ended.
+        :raise OSError: it does not listen there.
+        """
+        process = Process.adopt(pid, started)
+        try:
+            monitor = _connect_to(str(directory.socket_path("qmp.sock")))
+            console = None
+            if plan.console:
+                with contextlib.suppress(OSError):  # not vital: somebody may have connected to it meanwhile
+                    console = _connect_to(str(directory.socket_path("serial.sock")))
+        except BaseException:
+            process.close()
+            raise
+        return cls(plan, process, monitor, console, {})
+
     def listen(
         self, tasks: TaskGroup, tell: Callable[[str], None], tell_console: Callable[[str], None]
     ) -> None:
@@ -137,9 +156,17 @@ class Qemu:
 
 
 def _connect(listener: socket.socket) -> socket.socket:
+    return _connect_to(str(listener.getsockname()))
+
+
+def _connect_to(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setblocking(False)  # there is room in the queue of a listener that is just being made
-    connection.connect(listener.getsockname())
+    connection.setblocking(False)  # there is room in the queue of one that has no client
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qrapd.config import VmConfiguration, chooses_accelerator
+from qrapd.config import Link, VmConfiguration, chooses_accelerator
 from qrapd.guest_memory import shared_memory
 from qrapd.hub_mtu import device_property
 from qrapd.link_modes import native_netdev, nic_netdev_id, vhost_user_netdev
@@ -124,8 +124,18 @@ def _network(
                 yield from native_netdev(index, passts[index])
         model, _, properties = link.device.partition(",")
         own = f"{model},id={nic_id(index)},netdev={nic_netdev_id(index)},mac={configuration.mac(index)}"
-        limit = device_property(link.device, link.passt) if link.mode == "swap" else None
-        yield from ("-device", ",".join(filter(None, [own, limit, properties])))
+        yield from ("-device", ",".join(filter(None, [own, _own_property(link), properties])))
+
+
+def _own_property(link: Link) -> str | None:
+    """What a NIC is to be told because of its mode."""
+    if link.mode == "swap":
+        return device_property(link.device, link.passt)
+    model = link.device.partition(",")[0]
+    if link.mode == "vhost-user" and model.startswith("virtio-net-pci") and "romfile=" not in link.device:
+        # No booting by network: passt 2025-05 dies of the requests that iPXE makes, again and again (measured).
+        return "romfile="
+    return None
 
 
 def _hub(index: int, fd: int | str) -> Iterator[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a supervisor writes down about its running VM, for whoever comes after it.
 
-A supervisor that was killed leaves QEMU and passt running. The next one reads here that they are there, and
-does not start a second QEMU on the same disks.
+A supervisor that was killed leaves QEMU and passt running. The next one reads here that they are there, and takes them
+over; it never starts a second QEMU on the same disks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from qrapd.process import start_time
 
-__all__ = ["ProcessId", "Record", "read", "write"]
+__all__ = ["LinkRecord", "ProcessId", "Record", "Unusable", "read", "write"]
 
-VERSION = 1
+VERSION = 2
+
+
+class Unusable(ValueError):
+    """There is a record, and this version cannot make sense of it."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,32 @@ class ProcessId:
 
 
 @dataclass(frozen=True)
+class LinkRecord:
+    """One link of it."""
+
+    index: int
+    mode: str
+    generation: int
+    number: int
+    """of the streams that QEMU was given for it: names its port in QEMU"""
+    swapping: bool = False
+    """QEMU was being given another one: which it has is not known"""
+    passt: ProcessId | None = None
+    """a passt of qrapd's own"""
+    passt_pid: int | None = None
+    """any passt, where it can be told"""
+    socket: str | None = None
+    """the path of a passt's that is not qrapd's"""
+    inode: int | None = None
+    """of QEMU's end of the stream, by which it is found again in QEMU"""
+
+
+@dataclass(frozen=True)
 class Record:
     """One running VM."""
 
     qemu: ProcessId
-    passts: tuple[ProcessId, ...] = ()
+    links: tuple[LinkRecord, ...] = ()
     supervisor: ProcessId | None = None
     """whoever wrote this"""
 
@@ -58,15 +84,31 @@ def write(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> Record | None:
-    """The record, or None where there is none that this version understands."""
+    """The record, or None where there is none.
+
+    :raise Unusable: it is another version's, or damaged.
+    """
     try:
-        data = json.loads(path.read_text())
-        if data["version"] != VERSION:
-            return None
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unusable(f"{path} cannot be read: {error}") from None
+    try:
+        data = json.loads(text)
+        version = data["version"]
+        if version != VERSION:
+            raise Unusable(f"{path} is of version {version!r}, and this qrapd writes version {VERSION}")
         return Record(
             qemu=ProcessId(**data["qemu"]),
-            passts=tuple(ProcessId(**process) for process in data["passts"]),
-            supervisor=ProcessId(**data["supervisor"]) if data.get("supervisor") else None,
+            links=tuple(LinkRecord(**{**link, "passt": _process(link["passt"])}) for link in data["links"]),
+            supervisor=_process(data["supervisor"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except Unusable:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise Unusable(f"{path} is damaged") from None
+
+
+def _process(data: dict[str, Any] | None) -> ProcessId | None:
+    return None if data is None else ProcessId(**data)

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from pathlib import Path
 
-from qrapd import record
 from qrapd.errors import Unavailable
+from qrapd.process import start_time
 from qrapd.record import ProcessId
 from qrapd.runtime_directory import VmDirectory
 
-__all__ = ["find_supervisor", "tell"]
+__all__ = ["find_supervisor", "tell", "wait_for_end"]
 
 
 def find_supervisor(base: Path, name: str) -> ProcessId:
@@ -22,18 +23,34 @@ def find_supervisor(base: Path, name: str) -> ProcessId:
     :raise Unavailable: nobody does, or it cannot be told.
     """
     directory = VmDirectory(base, name)
-    found = record.read(directory.record_path)
-    if found is not None and found.supervisor is not None and found.supervisor.alive:
-        return found.supervisor
-    if not os.access(directory.path, os.R_OK | os.X_OK) and directory.path.exists():
+    try:
+        pid = directory.supervisor_pid()
+        if pid is not None:
+            return ProcessId(pid, start_time(pid))
+    except PermissionError:
         raise Unavailable(
             f"the directory {directory.path} of the VM {name} is closed to this user",
             hint="do this as the user who runs the VM",
-        )
+        ) from None
+    except ProcessLookupError:
+        pass  # it has just ended
     raise Unavailable(
         f"no VM {name} runs under a supervisor, as far as {base} tells",
         hint="start it: `qrapd run`; or name the runtime directory that it was started with: --runtime-dir DIR",
     )
+
+
+def wait_for_end(process: ProcessId) -> None:
+    """Wait until exactly this process has ended."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if process.alive:
+            select.select([pidfd], [], [])
+    finally:
+        os.close(pidfd)
 
 
 def tell(process: ProcessId, number: signal.Signals) -> None:

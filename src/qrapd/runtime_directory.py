@@ -59,6 +59,22 @@ class VmDirectory:
         """Where the supervisor's record is: see :mod:`qrapd.record`."""
         return self.path / "record.json"
 
+    def supervisor_pid(self) -> int | None:
+        """Who holds the lock; None if nobody does.
+
+        :raise PermissionError: this user may not know.
+        """
+        try:
+            with (self.path / "lock").open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    text = lock.read().strip()
+                    return int(text) if text.isdecimal() else None
+        except FileNotFoundError:
+            pass
+        return None
+
     @contextlib.contextmanager
     def claim(self) -> Iterator[VmDirectory]:
         """Make and lock the directory; on the way out remove it with all that is ours in it.
@@ -77,6 +93,18 @@ class VmDirectory:
     def leave_as_it_is(self) -> None:
         """Remove nothing on the way out: what is in the directory is in use by others."""
         self._leave = True
+
+    def is_answered(self, name: str) -> bool:
+        """Whether anybody listens on the socket ``name``."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+            caller.setblocking(False)
+            try:
+                caller.connect(str(self.socket_path(name)))
+            except BlockingIOError:
+                return True  # and has no time
+            except OSError:
+                return False
+        return True
 
     def listen(self, name: str) -> socket.socket:
         """A listening socket, to be handed to QEMU by fd: whoever connects from now on waits, but is not refused."""
@@ -155,6 +183,8 @@ class VmDirectory:
                     hint=f"see who it is with `fuser -v {path}`, or run this one under another name",
                 ) from None
             if _is_same_file(lock, path):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
                 self._lock = lock
                 return
             os.close(lock)  # the last supervisor removed the file after we had opened it

@@ -7,6 +7,7 @@ The copy keeps the stream open: passt sees its client hang up only when QEMU *an
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Callable
@@ -41,6 +42,11 @@ class HeldStream:
     def fd(self) -> int:
         """To be inherited by QEMU, or lent to it."""
         return self.socket.fileno()
+
+    @property
+    def inode(self) -> int:
+        """The same for all copies of this end, in whatever process."""
+        return os.fstat(self.fd).st_ino
 
     def hang_up(self) -> None:
         """End the stream for everybody: passt sees its client go, whatever copies of this end are still open."""

@@ -38,6 +38,7 @@ from qrapd.passt import ANSWER_TIMEOUT, Passt
 from qrapd.plan import LinkPlan
 from qrapd.process import ExitStatus
 from qrapd.qemu_arguments import FIRST_GENERATION
+from qrapd.record import LinkRecord
 from qrapd.stream import HangUpWatch, HeldStream
 
 if TYPE_CHECKING:
@@ -213,6 +214,15 @@ class ChardevPort:
                 hint="see what QEMU and passt wrote (qemu.output and passt.output events)",
             )
 
+    @property
+    def number(self) -> int:
+        """Of the last connection that QEMU was given."""
+        return self._last
+
+    def adopt(self, number: int, *, swapping: bool) -> None:
+        """Go on where another supervisor was."""
+        self._last = number + swapping
+
     async def announce(self, qmp: Qmp) -> None:
         """Nothing: QEMU has no way to announce a NIC whose frames it does not handle."""
 
@@ -249,6 +259,19 @@ class VhostUserLink(Link):
         self._listener = listener
         if self.state is LinkState.CONNECTED:
             self._begin(self._welcome)
+
+    def _take_over(self, record: LinkRecord, end: socket.socket | None, program: str) -> Connection:
+        connection = _Connection.adopt(record, end, program)
+        assert isinstance(connection, _Connection)
+        connection.accepted = True  # passt's own end tells of its loss, and no stream
+        if connection.passt is None:
+            self._chardev.note_event(
+                "NETDEV_VHOST_USER_DISCONNECTED", {"netdev-id": nic_netdev_id(record.index)}
+            )
+        return connection
+
+    def _is_whole(self, connection: Connection) -> bool:
+        return connection.passt is not None
 
     async def _welcome(self) -> None:
         assert self._listener is not None

@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,15 @@ from anyio.abc import TaskGroup
 
 from qrapd import record
 from qrapd.backoff import Backoff
-from qrapd.errors import QmpFailed, QrapdError, Unavailable
-from qrapd.lifecycle import DEADLINES, Action, Deadline, Event, Reason, State, advance, judge_exit
-from qrapd.link import Link, Surroundings
+from qrapd.errors import AlreadySupervised, QmpFailed, QrapdError, Unavailable
+from qrapd.lifecycle import DEADLINES, TABLE, Action, Deadline, Event, Reason, State, advance, judge_exit
+from qrapd.link import Keeper, Link, Surroundings
 from qrapd.logs import Emit
 from qrapd.native import NativeLink, keep_awake
-from qrapd.plan import Plan
+from qrapd.plan import LinkPlan, Plan
 from qrapd.process import ExitStatus
 from qrapd.qemu import Qemu
+from qrapd.regain import regain_socket
 from qrapd.runtime_directory import VmDirectory
 from qrapd.stream import HangUpWatch
 from qrapd.vhost_user import VhostUserLink
@@ -31,7 +32,7 @@ from qrapd.vhost_user import VhostUserLink
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
 
-__all__ = ["Outcome", "Vm"]
+__all__ = ["Left", "Outcome", "Vm"]
 
 QMP_TIMEOUT = 120.0
 """Seconds for a started QEMU to answer on its monitor: it sets up the guest's memory first, huge pages included."""
@@ -41,6 +42,15 @@ PRESS_AGAIN_SECONDS = 5.0
 
 HANG_UP_GRACE = 1.0
 """Seconds between QEMU's closing its monitor and its end that count as one and the same."""
+
+ADOPTION_TIMEOUT = 30.0
+"""Seconds for a QEMU that was left to answer on its monitor; it has run for a while and does so in milliseconds."""
+
+SETTLE_TIMEOUT = 15.0
+"""Seconds to wait for links that are just being healed before a VM is left; it takes some 30 ms."""
+
+SETTLE_INTERVAL = 0.02
+"""Seconds between two looks at that."""
 
 # QEMU's qapi/run-state.json, RunState: nobody is awake in there to obey a power button.
 _PAUSED = frozenset({"paused", "prelaunch", "inmigrate", "io-error"})
@@ -54,17 +64,47 @@ _LINKS: Mapping[str, type[Link]] = {"swap": Link, "vhost-user": VhostUserLink, "
 
 
 @dataclass(frozen=True)
+class Left:
+    """A VM that another supervisor has left running."""
+
+    record: record.Record
+    streams: Mapping[int, int]
+    """held streams that came to us, as fds by the links' indices"""
+
+    def find_stream(self, link: int) -> socket.socket | None:
+        """A link's held stream: the one that came to us, or a copy of QEMU's."""
+        if link in self.streams:
+            return socket.socket(fileno=self.streams[link])
+        for each in self.record.links:
+            if each.index == link and each.inode is not None:
+                return regain_socket(self.record.qemu.pid, each.inode)
+        return None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a VM ended; ``error`` says what went wrong, if anything did."""
 
     reason: Reason
     error: QrapdError | None = None
+    stood_back: bool = False
+    """the VM runs on, for another qrapd"""
+    streams: Mapping[int, int] = field(default_factory=dict)
+    """of a VM that runs on: the held streams as fds, by the links' indices"""
 
 
 class Vm:
     """One QEMU and its links. Make it, await :meth:`run`, and call :meth:`stop` from another task."""
 
-    def __init__(self, plan: Plan, directory: VmDirectory, emit: Emit) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        directory: VmDirectory,
+        emit: Emit,
+        *,
+        keeper: Keeper,
+        left: Left | None = None,
+    ) -> None:
         self.plan = plan
         self.state = State.NEW
         self._directory = directory
@@ -75,12 +115,18 @@ class Vm:
             emit=self._emit,
             hang_ups=self._hang_ups,
             note_change=self._write_record,
+            keeper=keeper,
+            is_ending=self._is_ending,
             note_failed_start=self._note_failed_start,
         )
         limits = plan.restart
         self.links = [
             _LINKS[link.mode](link, Backoff(limits.limit, limits.window), around) for link in plan.links
         ]
+        self._left = left
+        self._stood_back = False
+        self.handed_over: dict[int, int] = {}
+        """after :meth:`leave`: the held streams' fds by the links' indices"""
         self._qemu: Qemu | None = None
         self._qmp: Qmp | None = None
         self._status: ExitStatus | None = None
@@ -105,6 +151,13 @@ class Vm:
         self._stop_requested = True
         self._post(event)
 
+    async def leave(self) -> None:
+        """Let the VM be for another qrapd to adopt, as soon as no link is in the middle of something."""
+        with anyio.move_on_after(SETTLE_TIMEOUT):
+            while not all(link.settled for link in self.links):  # noqa: ASYNC110 (for some 30 ms, once)
+                await anyio.sleep(SETTLE_INTERVAL)
+        self._post(Event.LEAVE)
+
     def reload(self, plan: Plan) -> list[int]:
         """Apply what another version of the VM's file changes and a machine that runs can take.
 
@@ -115,16 +168,24 @@ class Vm:
             powerdown_timeout=plan.powerdown_timeout,
             quit_timeout=plan.quit_timeout,
         )
-        return [
-            link.plan.index for link, new in zip(self.links, plan.links, strict=False) if link.reload(new)
-        ]
+        if len(plan.links) != len(self.links):
+            return []  # which NIC a table now means is not for us to guess
+        limits = plan.restart
+        for link in self.links:
+            link.limit(limits.limit, limits.window)
+        return [link.plan.index for link, new in zip(self.links, plan.links, strict=True) if link.reload(new)]
+
+    @property
+    def fallen_back(self) -> dict[int, LinkPlan]:
+        """The plans that links have gone back to, by their indices, as no passt came up by the file's."""
+        return {link.plan.index: link.plan for link in self.links if link.fell_back}
 
     async def run(self) -> Outcome:
         """Live the VM's whole life. When this returns or is cancelled, nothing of the VM is left."""
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._hang_ups.run)
-                self._post(Event.START)
+                self._post(Event.START if self._left is None else Event.ADOPT)
                 while self.state is not State.ENDED:
                     event, number = await self._inbox.receive()
                     if number in (None, self._state_number):
@@ -152,6 +213,13 @@ class Vm:
 
     def _carry_out(self, action: Action, tasks: TaskGroup) -> None:
         match action:
+            case Action.ADOPT:
+                tasks.start_soon(self._adopt, tasks)
+            case Action.ANNOUNCE_ADOPTED:
+                self._announce_adopted()
+                tasks.start_soon(self._watch_for_hangs)
+            case Action.STAND_BACK:
+                self._stand_back()
             case Action.START_LINKS:
                 tasks.start_soon(self._start_links, tasks)
             case Action.SPAWN_QEMU:
@@ -186,10 +254,21 @@ class Vm:
         self.ready.set()
         self._emit("vm.ready", qemu_pid=self._qemu.pid, status=self._machine, links=len(self.links))
 
+    def _announce_adopted(self) -> None:
+        assert self._qemu is not None
+        assert self._qmp is not None
+        for link in self.links:
+            link.heal_with(self._qmp)
+        self.ready.set()
+        self._write_record()
+        self._emit("vm.adopted", qemu_pid=self._qemu.pid, status=self._machine, links=len(self.links))
+
     def _seconds(self, deadline: Deadline) -> float:
         match deadline:
             case Deadline.QMP:
                 return QMP_TIMEOUT
+            case Deadline.ADOPTION:
+                return ADOPTION_TIMEOUT
             case Deadline.POWERDOWN:
                 return self.plan.powerdown_timeout
             case Deadline.QUIT:
@@ -220,10 +299,17 @@ class Vm:
             self._start_settled.set()
 
     def _note_failed_start(self, error: Unavailable) -> None:
-        self._error = error
-        self._post(Event.LINKS_FAILED)
+        if Event.LINKS_FAILED in TABLE[self.state]:  # else there is a machine by now, and the link is healed
+            self._error = error
+            self._post(Event.LINKS_FAILED)
 
     async def _spawn_qemu(self, tasks: TaskGroup) -> None:
+        if not all(link.connected for link in self.links):
+            # One was lost while another came up: what it died of will be the reason.
+            for link in self.links:
+                await link.wait_until_idle()
+            self._post(Event.SPAWN_FAILED)
+            return
         try:
             streams = [link.stream_fd for link in self.links]
             self._qemu = qemu = await Qemu.spawn(self.plan, self._directory, streams)
@@ -231,12 +317,7 @@ class Vm:
             self._error = error
             self._post(Event.SPAWN_FAILED)
             return
-        qemu.listen(
-            tasks,
-            lambda line: self._emit("qemu.output", line=line),
-            lambda line: self._emit("guest.console", line=line),
-        )
-        tasks.start_soon(self._watch_qemu, qemu)
+        self._listen(qemu, tasks)
         for index, listener in qemu.link_listeners.items():
             self.links[index].serve(listener)
         self._write_record()
@@ -246,13 +327,12 @@ class Vm:
     def _write_record(self) -> None:
         if self._qemu is None:
             return  # it will be written when there is one
-        passts = (link.process_id for link in self.links)
         try:
             record.write(
                 self._directory.record_path,
                 record.Record(
                     record.ProcessId(self._qemu.pid, self._qemu.process.start_time),
-                    tuple(passt for passt in passts if passt is not None),
+                    tuple(link.record for link in self.links),
                     record.ProcessId.of_this(),
                 ),
             )
@@ -264,7 +344,7 @@ class Vm:
         self._status = await qemu.wait()
         self._post(Event.QEMU_EXITED)
 
-    async def _connect_qmp(self, tasks: TaskGroup) -> None:
+    async def _connect_qmp(self, tasks: TaskGroup, *, greeted: bool = False) -> None:
         # Imported here, while QEMU comes up: nothing before needs it.
         from qrapd.qmp import Qmp
 
@@ -272,7 +352,7 @@ class Vm:
         if any(link.mode == "native" for link in self.plan.links):
             tasks.start_soon(keep_awake, self._directory.socket_path("user-qmp.sock"), self.ready)
         try:
-            self._greeted = await _has_spoken(self._qemu.monitor)
+            self._greeted = greeted or await _has_spoken(self._qemu.monitor)
             self._qmp = qmp = await Qmp.connect(self._qemu.monitor, self.plan.name)
             tasks.start_soon(qmp.watch, self._note_qemu_event)
             self._machine = await self._machine_status()
@@ -309,6 +389,46 @@ class Vm:
             await anyio.sleep(min(link.next_look for link in self.links))
             for link in self.links:
                 link.look(paused=self._paused)
+
+    # --- adopting -------------------------------------------------------------------------------------
+
+    async def _adopt(self, tasks: TaskGroup) -> None:
+        """Take over what another supervisor has left."""
+        assert self._left is not None
+        record, qemu = self._left.record, self._left.record.qemu
+        try:
+            self._qemu = Qemu.adopt(self.plan, self._directory, qemu.pid, qemu.start_time)
+        except ProcessLookupError:
+            self._post(Event.QEMU_EXITED)
+            return
+        except OSError as error:
+            self._error = QmpFailed(
+                f"the QEMU that was left (pid {qemu.pid}) cannot be reached by its monitor "
+                f"{self._directory.socket_path('qmp.sock')}: {error.strerror}"
+            )
+            self._post(Event.QMP_FAILED)
+            return
+        self._start_settled.set()
+        self._listen(self._qemu, tasks)
+        known = {link.index: link for link in record.links}
+        for link in self.links:
+            link.adopt(known[link.plan.index], self._left.find_stream(link.plan.index), tasks)
+        await self._connect_qmp(tasks, greeted=True)
+
+    def _listen(self, qemu: Qemu, tasks: TaskGroup) -> None:
+        qemu.listen(
+            tasks,
+            lambda line: self._emit("qemu.output", line=line),
+            lambda line: self._emit("guest.console", line=line),
+        )
+        tasks.start_soon(self._watch_qemu, qemu)
+
+    def _stand_back(self) -> None:
+        self._stood_back = True
+        self._write_record()
+        for link in self.links:
+            for fd in link.stand_back():
+                self.handed_over[link.plan.index] = fd
 
     # --- stopping -------------------------------------------------------------------------------------
 
@@ -350,7 +470,12 @@ class Vm:
         outcome = self._judge()
         self._emit("vm.exited", reason=outcome.reason.value, **(self._status.fields if self._status else {}))
 
+    def _is_ending(self) -> bool:
+        return self._shutdown_cause is not None or self.state not in {State.CONNECTING, State.READY}
+
     def _judge(self) -> Outcome:
+        if self._stood_back:
+            return Outcome(Reason.REQUEST, self._explain_failed_adoption(), True, self.handed_over)
         if self._status is None:
             if self._stop_requested and self._error is None:
                 return Outcome(Reason.REQUEST)
@@ -372,11 +497,29 @@ class Vm:
             self._error if ended_by_us else self._qemu.explain(self._status, greeted=self._greeted),
         )
 
+    def _explain_failed_adoption(self) -> QrapdError | None:
+        """Why a VM that was left could not be taken over; None where it is left on purpose."""
+        if self.ready.is_set():
+            return None
+        monitor = self._directory.socket_path("user-qmp.sock")
+        return AlreadySupervised(
+            "a QEMU of this VM still runs, left by a supervisor that is gone, and it could not be taken over: "
+            + (
+                self._error.message
+                if self._error
+                else f"its monitor did not answer within {ADOPTION_TIMEOUT:g} s"
+            ),
+            hint=f"it was left as it is. Try again, power it down by its monitor {monitor}, or end it: `qrapd stop`",
+        )
+
     async def _leave_nothing(self) -> None:
         """End whatever still runs: only after a cancellation or a bug of ours is there anything."""
         with anyio.CancelScope(shield=True):
             if self._qmp is not None:
                 await self._qmp.close()
+            if self._stood_back:
+                self._let_be()
+                return
             if self._qemu is not None:
                 self._qemu.monitor.close()
                 if self._qemu.process.alive:
@@ -385,6 +528,12 @@ class Vm:
             for link in self.links:
                 await link.release()
             self._hang_ups.close()
+
+    def _let_be(self) -> None:
+        if self._qemu is not None:
+            self._qemu.monitor.close()
+            self._qemu.process.let_go()
+        self._hang_ups.close()
 
 
 async def _has_spoken(monitor: socket.socket) -> bool:
