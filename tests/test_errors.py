@@ -12,6 +12,7 @@ STATUSES = {
     "QrapdError": 1,
     "QemuFailed": 1,
     "QmpFailed": 1,
+    "QmpRefused": 1,
     "UsageError": 2,
     "Unavailable": 69,
     "AlreadySupervised": 75,

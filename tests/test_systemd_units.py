@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -196,16 +197,7 @@ def machine(booted: Booted, guest: GuestImage) -> Booted:
         shutil.copy(file, booted.path("/srv"))
         booted.path("/srv").joinpath(file.name).chmod(0o644)
     booted.shell("cd /srv/qrapd && make install", check=True, timeout=300)
-    drop_in(booted, "today", UNTIL_QRAPD_NOTIFIES)
     return booted
-
-
-UNTIL_QRAPD_NOTIFIES = (
-    ""
-    if (PROJECT / "src/qrapd/systemd.py").exists()
-    else "Type=exec\nWatchdogSec=0\nExecReload=kill -HUP $MAINPID\n"
-)
-"""qrapd does not speak to systemd yet: without its word there is no end of the start, and no sign of life."""
 
 
 def drop_in(machine: Booted, name: str, lines: str, unit: str = "qrapd@", *, of: str = "system") -> None:
@@ -264,6 +256,45 @@ def told(machine: Booted, name: str) -> list[str]:
     """The events of a VM, in order, without what guest and children say."""
     events = [str(entry["QRAPD_EVENT"]) for entry in machine.journal(f"QRAPD_VM={name}")]
     return [event for event in events if not event.endswith((".console", ".output"))]
+
+
+def kill_qrapd(machine: Booted, name: str) -> None:
+    """kill -9 of the unit's main process."""
+    machine.run("kill", "-KILL", machine.show(f"qrapd@{name}", "MainPID"), check=True)
+
+
+def wait_for_adoptions(machine: Booted, name: str, number: int) -> None:
+    """Wait until the VM was taken over so many times."""
+    machine.wait_for(
+        f"adoption {number}", lambda: told(machine, name).count("vm.adopted") == number, f"qrapd@{name}"
+    )
+
+
+def count_fds(machine: Booted, pid: int) -> int:
+    """Open files of a process."""
+    return len(machine.shell(f"ls /proc/{pid}/fd", check=True).stdout.split())
+
+
+@contextmanager
+def requests(port: int) -> Iterator[list[str]]:
+    """Requests to the guest all the while; what fails is in the list."""
+    failures: list[str] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.02):
+            try:
+                fetch(port, patience=0)
+            except OSError as error:
+                failures.append(repr(error))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield failures
+    finally:
+        over.set()
+        asking.join()
 
 
 def is_ordered(expected: Sequence[str], events: Sequence[str]) -> bool:
@@ -350,6 +381,88 @@ class TestInSystemd:
             assert {qemu, passt} == set(machine.processes("qrapd@left"))
             record = json.loads(machine.path("/run/qrapd/left/record.json").read_text())
             assert qemu == record["qemu"]["pid"]
+
+    def test_twenty_kills_of_qrapd_under_traffic(self, machine: Booted, guest: GuestImage) -> None:
+        """Each time another one takes the VM over with the streams from the fd store, and no request fails."""
+        with started(machine, "kept", guest) as file, requests(file.ports[0]) as failures:
+            before = uptime(file.ports[0])
+            pids = [pid_of(machine, "qrapd@kept", name) for name in ("qemu", "passt")]
+            fds = count_fds(machine, pids[0])
+            for number in range(1, 21):
+                kill_qrapd(machine, "kept")
+                wait_for_adoptions(machine, "kept", number)
+            assert [] == failures
+            assert pids == [pid_of(machine, "qrapd@kept", name) for name in ("qemu", "passt")]
+            assert fds == count_fds(machine, pids[0])
+            assert before < uptime(file.ports[0])
+            assert "running; link 0 up (generation 1)" == machine.show("qrapd@kept", "StatusText")
+            assert "link.lost" not in told(machine, "kept")
+
+    def test_a_passt_is_lost_while_qrapd_is_down(self, machine: Booted, guest: GuestImage) -> None:
+        """Its link is healed at the adoption."""
+        drop_in(machine, "10", "RestartSec=2\n", "qrapd@both")
+        with started(machine, "both", guest) as file:
+            before = uptime(file.ports[0])
+            passt = pid_of(machine, "qrapd@both", "passt")
+            kill_qrapd(machine, "both")
+            machine.run("kill", "-KILL", str(passt), check=True)
+            machine.wait_for("restored", lambda: "link.restored" in told(machine, "both"), "qrapd@both")
+            wait_for_http(machine, file.ports[0], "qrapd@both")
+            assert before < uptime(file.ports[0])
+
+    def test_qemu_is_lost_while_qrapd_is_down(self, machine: Booted, guest: GuestImage) -> None:
+        """That is told, and the VM is started anew."""
+        drop_in(machine, "10", "RestartSec=2\n", "qrapd@gone")
+        with started(machine, "gone", guest) as file:
+            qemu = pid_of(machine, "qrapd@gone", "qemu")
+            kill_qrapd(machine, "gone")
+            machine.run("kill", "-KILL", str(qemu), check=True)
+            machine.wait_for("started", lambda: told(machine, "gone").count("vm.ready") == 2, "qrapd@gone")
+            assert is_ordered(["vm.ready", "vm.exited", "vm.ready"], told(machine, "gone"))
+            wait_for_http(machine, file.ports[0], "qrapd@gone")
+
+    def test_the_watchdog(self, machine: Booted, guest: GuestImage) -> None:
+        """A qrapd whose loop stands still is replaced, and the guest is unharmed."""
+        drop_in(machine, "10", "WatchdogSec=2\nTimeoutAbortSec=1\n", "qrapd@still")
+        with started(machine, "still", guest) as file:
+            before, qemu = uptime(file.ports[0]), pid_of(machine, "qrapd@still", "qemu")
+            machine.run("kill", "-STOP", machine.show("qrapd@still", "MainPID"), check=True)
+            wait_for_adoptions(machine, "still", 1)
+            assert qemu == pid_of(machine, "qrapd@still", "qemu")
+            assert before < uptime(file.ports[0])
+
+    def test_an_upgrade(self, machine: Booted, guest: GuestImage) -> None:
+        """`qrapd upgrade`, as root: the same process of systemd's, the same QEMU and passt."""
+        with started(machine, "fresh", guest) as file, requests(file.ports[0]) as failures:
+            pids = machine.processes("qrapd@fresh").keys()
+            command = (
+                "/usr/local/bin/qrapd",
+                "upgrade",
+                "/etc/qrapd/vms/fresh.toml",
+                "--runtime-dir",
+                "/run/qrapd",
+            )
+            machine.run(*command, check=True)
+            wait_for_adoptions(machine, "fresh", 1)
+            assert pids == machine.processes("qrapd@fresh").keys()
+            assert [] == failures
+            machine.run("kill", "-KILL", str(pid_of(machine, "qrapd@fresh", "passt")), check=True)
+            machine.wait_for("restored", lambda: "link.restored" in told(machine, "fresh"), "qrapd@fresh")
+
+    def test_eight_at_once(self, machine: Booted) -> None:
+        """None waits for another."""
+        names = [f"many{number}" for number in range(8)]
+        units = [f"qrapd@{name}" for name in names]
+        for name in names:
+            write_vm(machine.path("/etc/qrapd/vms"), name, qemu="powerdown_timeout = 0")
+        try:
+            machine.systemctl("start", *units)
+            assert {"active"} == {machine.show(unit, "ActiveState") for unit in units}
+        finally:
+            machine.systemctl("stop", *units, check=False)
+        assert [{}] * 8 == [machine.processes(unit) for unit in units]
+        for name in names:
+            machine.path(f"/etc/qrapd/vms/{name}.toml").unlink()
 
     def test_qrapd_hangs_at_a_stop(self, machine: Booted, guest: GuestImage) -> None:
         """Then systemd kills it, and what is left is ended all the same."""
@@ -477,7 +590,6 @@ class TestInSystemd:
         machine.run(*linger.split(), "alice", check=True)
         state = partial(machine.systemctl, "is-system-running", user="alice", check=False)
         machine.wait_for("alice's systemd", lambda: state() in {"running", "degraded"})
-        drop_in(machine, "today", UNTIL_QRAPD_NOTIFIES, of="user")
         machine.shell("cd ~/checkout\n" + "\n".join(lines), user="alice", check=True, timeout=300)
         wait_for_http(machine, ports["alice"], "user@*")
 
