@@ -10,6 +10,7 @@
      +-- ConfigurationError       78   the VM's file is wrong: carries every problem found in it
      +-- QemuFailed                1   QEMU could not start or ended badly: its own words are quoted
      +-- QmpFailed                 1   QEMU runs, and its monitor refused, hung up or stayed silent
+         +-- QmpRefused            1   ... it answered with an error, and is well otherwise
 
 Whatever else reaches the top is a bug in qrapd, and ends with status 70.
 The numbers are those of sysexits.h(3head), which systemd.exec(5) knows by name too.
