@@ -33,6 +33,7 @@ from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import LinkRecord, ProcessId
 from qrapd.stall import StallJudge, Verdict
 from qrapd.stream import HangUpWatch
+from qrapd.systemd import stored_name
 
 if TYPE_CHECKING:
     from qrapd.listeners import ListenerWatch
@@ -419,7 +420,7 @@ class Link:
 
     @property
     def _stored_name(self) -> str:
-        return f"link{self.plan.index}"
+        return stored_name(self.plan.index)
 
     def _fall_back(self, error: Unavailable) -> None:
         """A change of the file that does not work must not cost a guest the network that it had."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
@@ -27,11 +27,12 @@ from qrapd.errors import AlreadySupervised, ConfigurationError, QemuFailed, Qrap
 from qrapd.lifecycle import Reason
 from qrapd.logs import Emit
 from qrapd.plan import Plan
-from qrapd.process import ExitStatus
+from qrapd.process import ExitStatus, Process
 from qrapd.reload import Changes, compare
 from qrapd.restart import is_wanted
 from qrapd.runtime_directory import VmDirectory
-from qrapd.systemd import Notifier, Reporter
+from qrapd.stream import HeldStream
+from qrapd.systemd import Notifier, Reporter, stored_name
 from qrapd.vm import Left, Outcome, Vm
 
 __all__ = ["supervise"]
@@ -40,6 +41,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 STOP_MARGIN = 15.0
 """Seconds beyond the VM's own timeouts that a stop may take: a busy host, and the passts' end."""
+
+ORPHAN_GRACE = 0.5
+"""Seconds for a passt without a client to go by itself, which takes it a millisecond."""
 
 Companion = Callable[[Vm], Coroutine[Any, Any, None]]
 
@@ -78,7 +82,7 @@ async def supervise(
             emit(event, **fields)
             reporter.note(event, **fields)
 
-        left = _look_for_left(directory, streams or {}, tell)
+        left = await _look_for_left(directory, streams or {}, tell, notifier)
         if left is None and only_left:
             return Outcome(Reason.REQUEST)
         supervisor = _Supervisor(plan, directory, tell, reread, notifier, reporter, left)
@@ -287,7 +291,9 @@ def _collect_garbage() -> None:
         gc.enable()
 
 
-def _look_for_left(directory: VmDirectory, streams: Mapping[int, int], emit: Emit) -> Left | None:
+async def _look_for_left(
+    directory: VmDirectory, streams: Mapping[int, int], emit: Emit, notifier: Notifier
+) -> Left | None:
     """What a supervisor that is gone has left running. Two QEMUs on the same disks would destroy them.
 
     :raise AlreadySupervised: there is a QEMU, and it cannot be taken over.
@@ -307,9 +313,26 @@ def _look_for_left(directory: VmDirectory, streams: Mapping[int, int], emit: Emi
         found = None
     if found is not None and found.qemu.alive:
         return Left(found, streams)
-    for fd in streams.values():
-        os.close(fd)
+    for index, fd in streams.items():
+        notifier.forget(stored_name(index))
+        # For all copies of it: the service manager may still have one.
+        stream = HeldStream(socket.socket(fileno=fd))
+        stream.hang_up()
+        stream.close()
     if found is not None:
-        # Its passts end by themselves: their clients are gone, as far as anybody else knows.
+        for link in found.links:
+            await _see_off(link.passt)
         emit("vm.exited", vm=vm, reason=Reason.KILLED.value, **ExitStatus().fields)
     return None
+
+
+async def _see_off(passt: record.ProcessId | None) -> None:
+    """End a passt whose QEMU is gone: its ports are wanted again."""
+    if passt is None:
+        return
+    try:
+        process = Process.adopt(passt.pid, passt.start_time)
+    except ProcessLookupError:
+        return
+    await process.end(ORPHAN_GRACE)
+    process.close()

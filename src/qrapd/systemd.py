@@ -12,11 +12,17 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import cast
 
-__all__ = ["Notifier", "Reporter", "take_stored_fds", "watchdog_interval"]
+__all__ = ["Notifier", "Reporter", "stored_name", "take_stored_fds", "watchdog_interval"]
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
+
+
+def stored_name(link: int) -> str:
+    """Under which a link's held stream is kept."""
+    return f"link{link}"
 
 
 class Notifier:
@@ -113,6 +119,9 @@ class Reporter:
             return
         match event:
             case "vm.ready" | "vm.adopted":
+                # Those that are being healed say so next.
+                for link, generation in enumerate(cast("list[int]", fields.get("generations", []))):
+                    self._links.setdefault(link, f"up (generation {generation})")
                 self._machine = str(fields["status"])
                 self._notifier.tell(READY=1, STATUS=self.status)
                 return

@@ -261,7 +261,13 @@ class Vm:
             link.heal_with(self._qmp)
         self.ready.set()
         self._write_record()
-        self._emit("vm.adopted", qemu_pid=self._qemu.pid, status=self._machine, links=len(self.links))
+        self._emit(
+            "vm.adopted",
+            qemu_pid=self._qemu.pid,
+            status=self._machine,
+            links=len(self.links),
+            generations=[link.generation for link in self.links],
+        )
 
     def _seconds(self, deadline: Deadline) -> float:
         match deadline:
