@@ -228,7 +228,7 @@ def suggest(
     :param unprivileged: whether low ports are closed to this process; default: whether it is not root.
     :param first_free_port: net.ipv4.ip_unprivileged_port_start; default: read from /proc.
     """
-    if "bind" in words.lower():
+    if re.search(r"\b(bind|listen)\b", words.lower()):  # passt says "listen" since 2026
         unprivileged = os.geteuid() != 0 if unprivileged is None else unprivileged
         limit = _unprivileged_port_start() if first_free_port is None else first_free_port
         low = [port for port in _host_ports(words) if 0 < port < limit]
