@@ -191,38 +191,58 @@ def test_a_qemu_that_hangs_during_a_swap(subject: Subject, gate: Gate) -> None:
 
 def quick_vm(place: Path, name: str, lines: str = "") -> VmFile:
     """Without a guest: what has to heal is between QEMU and qrapd."""
-    vm = write_vm(place, name, qemu="powerdown_timeout = 0", link_lines=lines)
+    vm = write_vm(place, name, qemu="powerdown_timeout = 0\nquit_timeout = 1", link_lines=lines)
     vm.path.write_text(f"{vm.path.read_text()}\n[restart]\nlimit = 2\n")
     return vm
 
 
-def test_a_qemu_that_is_killed_during_a_swap(place: Path) -> None:
-    """That is the VM's end, not the link's trouble, at whatever moment; nothing is left."""
-    moments = random.Random(4)
-    for attempt in range(8):
-        vm = quick_vm(place, f"killed{attempt}")
+def in_the_middle_of_a_swap(run: Run) -> int:
+    """Lose the passt of a VM whose QEMU stands still, until the new stream waits for it; returns QEMU's pid."""
+    qemu = int(run.wait_for("vm.ready")["qemu_pid"])
+    os.kill(qemu, signal.SIGSTOP)
+    os.kill(run.last("link.connected")["passt_pid"], signal.SIGKILL)
+    run.wait_for("passt.started")
+    time.sleep(1)  # passt has answered long before; QEMU does not
+    assert "link.restored" not in run.names()
+    return qemu
+
+
+def test_a_qemu_that_is_killed_in_the_middle_of_a_swap(place: Path) -> None:
+    """That is the VM's end, not the link's trouble; nothing is left."""
+    vm = quick_vm(place, "middle")
+    with Run(vm.path, place / "run") as run:
+        os.kill(in_the_middle_of_a_swap(run), signal.SIGKILL)
+        assert 1 == run.wait()
+        assert "killed" == run.last("vm.exited")["reason"]
+        run.assert_nothing_left()
+
+
+def test_a_stop_in_the_middle_of_a_swap(place: Path) -> None:
+    """It ends with SIGKILL, as that QEMU listens to nothing else; and the new passt does not outlive it."""
+    vm = quick_vm(place, "midstop")
+    with Run(vm.path, place / "run") as run:
+        in_the_middle_of_a_swap(run)
+        assert 0 == run.stop()
+        assert "SIGKILL" == run.last("vm.stopping")["how"]
+        run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("end", ["QEMU is killed", "qrapd is stopped"])
+def test_an_end_at_any_moment_of_an_outage(place: Path, end: str) -> None:
+    """While the old passt is seen off, the new one comes up, and QEMU takes its stream."""
+    moments = random.Random(end)
+    for attempt in range(6):
+        vm = quick_vm(place, f"moment{attempt}")
         with Run(vm.path, place / "run") as run:
             qemu = run.wait_for("vm.ready")["qemu_pid"]
             os.kill(run.last("link.connected")["passt_pid"], signal.SIGKILL)
-            run.wait_for("passt.started")
-            time.sleep(moments.uniform(0, 0.06))
-            os.kill(qemu, signal.SIGKILL)
-            assert 1 == run.wait()
-            assert "killed" == run.last("vm.exited")["reason"]
-            run.assert_nothing_left()
-
-
-def test_a_stop_during_a_swap(place: Path) -> None:
-    """A stop is obeyed at once, and the new passt does not outlive it."""
-    moments = random.Random(5)
-    for attempt in range(8):
-        vm = quick_vm(place, f"stopped{attempt}")
-        with Run(vm.path, place / "run") as run:
-            run.wait_for("vm.ready")
-            os.kill(run.last("link.connected")["passt_pid"], signal.SIGKILL)
-            run.wait_for("passt.started")
-            time.sleep(moments.uniform(0, 0.06))
-            assert 0 == run.stop()
+            time.sleep(moments.uniform(0, 0.08))
+            if end == "QEMU is killed":
+                os.kill(qemu, signal.SIGKILL)
+                assert 1 == run.wait()
+            else:
+                assert 0 == run.stop()
+            assert "vm.exited" == run.names()[-1 if end != "QEMU is killed" else -2]
             run.assert_nothing_left()
 
 
