@@ -57,9 +57,9 @@ LAYERS = [
     ["guest_memory", "hub_mtu", "reload"],
     ["config", "restart"],
     ["passt_options"],
-    ["lifecycle", "messages", "ports"],
+    ["lifecycle", "link_lifecycle", "messages", "ports"],
     # and these with the standard library alone
-    ["backoff", "errors", "frames", "lines", "link_lifecycle", "qrap_arguments", "stall"],
+    ["backoff", "errors", "frames", "lines", "qrap_arguments", "stall", "transitions"],
     ["__init__"],
 ]
 HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}

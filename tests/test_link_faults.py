@@ -19,7 +19,7 @@ import pytest
 from monitor import monitor
 from qrapd.guest import GuestImage
 from support import Run, VmFile, fetch, open_directory, write_vm
-from test_link_traffic import Subject, assert_undisturbed, running, settle
+from test_link_traffic import Subject, assert_undisturbed, running
 
 pytestmark = [pytest.mark.link, pytest.mark.xdist_group("link-faults")]
 
@@ -285,6 +285,5 @@ passt "$@" <&0 & sleep 0.3; kill $!; wait; exit 3
         assert "exit status 3" in run.wait_for("link.failed", attempts=1)["error"]
         (place / "crash").unlink()
         run.wait_for("link.restored")
-        settle(lambda: run.process.poll(), None)
         assert 0 == run.stop()
         run.assert_nothing_left()

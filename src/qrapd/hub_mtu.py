@@ -5,12 +5,12 @@ A NIC behind a hub of two ports is not safe with longer ones. When QEMU's socket
 frame, and can write again, the hub hands it the NIC's next frame before the rest of the first: what goes out is the
 head of one and the tail of another, or QEMU aborts on an assertion (net/net.c, qemu_flush_queued_packets: the hub's
 queue comes before the netdev's own). Measured with a guest sending at full speed, MTU 65520, QEMU 7.2 and 10.0: wrong
-bytes at the receiver in 6 of 18 runs of 8 s, two aborts in 26; without a hub none. With a third port to the hub the
-frames stay whole, but nobody tells passt to slow down any more.
+bytes at the receiver in 6 of 18 runs of 8 s, and an abort in 1 of 26; without a hub none. With a third port to the
+hub the frames stay whole, but nobody tells passt to slow down any more.
 
 A frame that the kernel takes whole or not at all has no rest. A UNIX stream's buffer holds at least 32768 bytes in
 one piece (net/unix/af_unix.c, UNIX_SKB_FRAGS_SZ; 33000 were whole and 40000 were not, with Linux 6.18), and of these
-QEMU's length word takes 4 and the Ethernet header 14: with an MTU of 32750, 0 of 16 runs showed anything.
+QEMU's length word takes 4 and the Ethernet header 14: with an MTU of 32000 or 32750, 0 of 16 runs showed anything.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from qrapd.transitions import describe
+
 __all__ = ["DEADLINES", "TABLE", "Action", "Deadline", "Event", "Reason", "State", "advance", "judge_exit"]
 
 
@@ -260,12 +262,7 @@ def judge_exit(
 
 def describe_table() -> str:
     """The table as Markdown, one line per state and event that it answers."""
-    lines = ["| in state | on | go to | and do |", "|---|---|---|---|"]
-    for state, row in TABLE.items():
-        for event, (target, actions) in row.items():
-            doing = ", ".join(action.value for action in actions) or "nothing"
-            lines.append(f"| {state.value} | {event.value} | {target.value} | {doing} |")
-    return "\n".join(lines)
+    return describe(TABLE)
 
 
 if __name__ == "__main__":

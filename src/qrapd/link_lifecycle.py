@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import enum
 
+from qrapd.transitions import describe
+
 __all__ = ["TABLE", "Action", "Event", "State", "advance", "describe_table"]
 
 
@@ -183,12 +185,7 @@ def advance(state: State, event: Event) -> Step:
 
 def describe_table() -> str:
     """The table as Markdown, one line per state and event that it answers."""
-    lines = ["| in state | on | go to | and do |", "|---|---|---|---|"]
-    for state, row in TABLE.items():
-        for event, (target, actions) in row.items():
-            doing = ", ".join(action.value for action in actions) or "nothing"
-            lines.append(f"| {state.value} | {event.value} | {target.value} | {doing} |")
-    return "\n".join(lines)
+    return describe(TABLE)
 
 
 if __name__ == "__main__":

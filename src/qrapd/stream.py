@@ -17,8 +17,9 @@ import anyio
 __all__ = ["HangUpWatch", "HeldStream", "widen"]
 
 BUFFER_SIZE = 4 * 1024 * 1024
-"""Bytes. With the default, 208 KiB, a guest behind a hub sends at 0.43 of the speed that it has without one, and
-receives at 0.45; with this at 1.00 and 0.94 (measured with QEMU 7.2)."""
+"""Bytes. With the default, 208 KiB, a guest behind a hub sent at 0.43 of the speed that it has without one, and
+received at 0.45; with this at 0.79 to 1.00, and at 0.38 to 0.94 (QEMU 7.2, several runs: see
+benchmarks/README.md)."""
 
 _SO_SNDBUFFORCE = 32
 """As SO_SNDBUF, beyond net.core.wmem_max, for whoever has CAP_NET_ADMIN: Linux' asm-generic/socket.h, socket(7)."""

@@ -2,9 +2,9 @@
 """A vhost-user link: QEMU shares the guest's memory with passt, and each frame is copied once less.
 
 QEMU's chardev does not poll for a passt to come back. A new one is started on a socketpair, asked for a sign of life,
-and the other end is given to the chardev by QMP: ``getfd`` and ``add_client`` (measured with QEMU 10.0 and 11.1, 60
-kills of passt, none lost). QEMU speaks to a vhost-user backend in its main loop and waits for the answers, so that one
-that has answered already is worth the more; and there is no socket in the file system that passt would have to reach.
+and the other end is given to the chardev by QMP: ``getfd`` and ``add_client`` (40 kills of passt with QEMU 10.0, none
+lost: measured). QEMU speaks to a vhost-user backend in its main loop and waits for the answers, so that one that has
+answered already is worth the more; and there is no socket in the file system that passt would have to reach.
 
 Only the first connection is one that QEMU makes, to a socket of ours: its chardev refuses ``fd=`` for this purpose
 (:func:`qrapd.link_modes.vhost_user_netdev`). A passt has shown by then that the options and the ports are right. It
