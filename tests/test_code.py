@@ -30,7 +30,7 @@ LAYERS = [
     ["native", "vhost_user"],
     ["link"],
     # a link's way out, and its place in QEMU
-    ["connection", "hub"],
+    ["connection", "hub", "left_behind"],
     # one peer each
     ["listeners", "passt", "probe", "qemu", "qmp", "stream"],
     ["handover", "running", "wrap"],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
@@ -21,19 +20,17 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from qrapd import record
 from qrapd.backoff import Backoff
-from qrapd.errors import AlreadySupervised, ConfigurationError, QemuFailed, QrapdError
+from qrapd.errors import ConfigurationError, QemuFailed, QrapdError
+from qrapd.left_behind import Left, look_for_left
 from qrapd.lifecycle import Reason
 from qrapd.logs import Emit
 from qrapd.plan import Plan
-from qrapd.process import ExitStatus, Process
 from qrapd.reload import Changes, compare
 from qrapd.restart import is_wanted
 from qrapd.runtime_directory import VmDirectory
-from qrapd.stream import HeldStream
-from qrapd.systemd import Notifier, Reporter, stored_name
-from qrapd.vm import Left, Outcome, Vm
+from qrapd.systemd import Notifier, Reporter
+from qrapd.vm import Outcome, Vm
 
 __all__ = ["supervise"]
 
@@ -41,9 +38,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 STOP_MARGIN = 15.0
 """Seconds beyond the VM's own timeouts that a stop may take: a busy host, and the passts' end."""
-
-ORPHAN_GRACE = 0.5
-"""Seconds for a passt without a client to go by itself, which takes it a millisecond."""
 
 Companion = Callable[[Vm], Coroutine[Any, Any, None]]
 
@@ -82,7 +76,7 @@ async def supervise(
             emit(event, **fields)
             reporter.note(event, **fields)
 
-        left = await _look_for_left(directory, streams or {}, tell, notifier)
+        left = await look_for_left(directory, streams or {}, tell, notifier)
         if left is None and only_left:
             return Outcome(Reason.REQUEST)
         supervisor = _Supervisor(plan, directory, tell, reread, notifier, reporter, left)
@@ -289,50 +283,3 @@ def _collect_garbage() -> None:
     if not gc.isenabled():  # as qrapd.__main__ has left it
         gc.freeze()
         gc.enable()
-
-
-async def _look_for_left(
-    directory: VmDirectory, streams: Mapping[int, int], emit: Emit, notifier: Notifier
-) -> Left | None:
-    """What a supervisor that is gone has left running. Two QEMUs on the same disks would destroy them.
-
-    :raise AlreadySupervised: there is a QEMU, and it cannot be taken over.
-    """
-    vm = directory.path.name
-    try:
-        found = record.read(directory.record_path)
-    except record.Unusable as error:
-        if directory.is_answered("qmp.sock"):
-            directory.leave_as_it_is()
-            raise AlreadySupervised(
-                f"a QEMU of this VM still runs, left by a supervisor that is gone, and {error}",
-                hint=f"power it down by its monitor {directory.socket_path('user-qmp.sock')}, or go back to the qrapd "
-                "that has started it",
-            ) from None
-        emit("record.failed", vm=vm, error=str(error))
-        found = None
-    if found is not None and found.qemu.alive:
-        return Left(found, streams)
-    for index, fd in streams.items():
-        notifier.forget(stored_name(index))
-        # For all copies of it: the service manager may still have one.
-        stream = HeldStream(socket.socket(fileno=fd))
-        stream.hang_up()
-        stream.close()
-    if found is not None:
-        for link in found.links:
-            await _see_off(link.passt)
-        emit("vm.exited", vm=vm, reason=Reason.KILLED.value, **ExitStatus().fields)
-    return None
-
-
-async def _see_off(passt: record.ProcessId | None) -> None:
-    """End a passt whose QEMU is gone: its ports are wanted again."""
-    if passt is None:
-        return
-    try:
-        process = Process.adopt(passt.pid, passt.start_time)
-    except ProcessLookupError:
-        return
-    await process.end(ORPHAN_GRACE)
-    process.close()

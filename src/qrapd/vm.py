@@ -17,6 +17,7 @@ from anyio.abc import TaskGroup
 from qrapd import record
 from qrapd.backoff import Backoff
 from qrapd.errors import AlreadySupervised, QmpFailed, QrapdError, Unavailable
+from qrapd.left_behind import Left
 from qrapd.lifecycle import DEADLINES, TABLE, Action, Deadline, Event, Reason, State, advance, judge_exit
 from qrapd.link import Keeper, Link, Surroundings
 from qrapd.logs import Emit
@@ -24,7 +25,6 @@ from qrapd.native import NativeLink, keep_awake
 from qrapd.plan import LinkPlan, Plan
 from qrapd.process import ExitStatus
 from qrapd.qemu import Qemu
-from qrapd.regain import regain_socket
 from qrapd.runtime_directory import VmDirectory
 from qrapd.stream import HangUpWatch
 from qrapd.vhost_user import VhostUserLink
@@ -32,7 +32,7 @@ from qrapd.vhost_user import VhostUserLink
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
 
-__all__ = ["Left", "Outcome", "Vm"]
+__all__ = ["Outcome", "Vm"]
 
 QMP_TIMEOUT = 120.0
 """Seconds for a started QEMU to answer on its monitor: it sets up the guest's memory first, huge pages included."""
@@ -61,24 +61,6 @@ _PAUSING = {"STOP": True, "SUSPEND": True, "RESUME": False, "WAKEUP": False}
 
 _LINKS: Mapping[str, type[Link]] = {"swap": Link, "vhost-user": VhostUserLink, "native": NativeLink}
 """By their modes."""
-
-
-@dataclass(frozen=True)
-class Left:
-    """A VM that another supervisor has left running."""
-
-    record: record.Record
-    streams: Mapping[int, int]
-    """held streams that came to us, as fds by the links' indices"""
-
-    def find_stream(self, link: int) -> socket.socket | None:
-        """A link's held stream: the one that came to us, or a copy of QEMU's."""
-        if link in self.streams:
-            return socket.socket(fileno=self.streams[link])
-        for each in self.record.links:
-            if each.index == link and each.inode is not None:
-                return regain_socket(self.record.qemu.pid, each.inode)
-        return None
 
 
 @dataclass(frozen=True)
