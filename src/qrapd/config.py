@@ -30,6 +30,7 @@ __all__ = [
     "Restart",
     "VmConfiguration",
     "VmFile",
+    "check",
     "chooses_accelerator",
     "json_schema",
     "option_name",
@@ -91,6 +92,9 @@ class Qemu(_Table):
     args: list[Text] = Field(default=[], description="handed to QEMU as they are")
     console: Literal["journal", "none"] = Field(
         "journal", description="journal: the first serial port's lines become events; none: up to `args`"
+    )
+    sandbox: bool = Field(
+        True, description="whether QEMU may start no programs and not change its user, by its -sandbox"
     )
     powerdown_timeout: float = Field(
         60, ge=0, le=86400, description="seconds for the guest to power down before QEMU is told to quit"
@@ -189,6 +193,15 @@ def parse(text: str, path: Path) -> VmConfiguration:
         _refuse_extremes(data)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(str(path), [_not_toml(error, text)]) from None
+    return check(data, path)
+
+
+def check(data: dict[str, Any], path: Path) -> VmConfiguration:
+    """Check what a VM's file says.
+
+    :param path: where it is from: for messages, for the default name, and for relative paths.
+    :raise ConfigurationError: with all problems that it has.
+    """
     problems = [*_check_as_a_whole(data)]
     file = None
     try:

@@ -9,6 +9,8 @@
      +-- AlreadySupervised        75   this VM has a supervisor (or a QEMU) already: try again later
      +-- ConfigurationError       78   the VM's file is wrong: carries every problem found in it
      +-- QemuFailed                1   QEMU could not start or ended badly: its own words are quoted
+     +-- Unknown                  69   there is no VM, link or forward of that name
+     +-- Conflict                 75   not as things are: the VM runs already, or does not run
      +-- QmpFailed                 1   QEMU runs, and its monitor refused, hung up or stayed silent
          +-- QmpRefused            1   ... it answered with an error, and is well otherwise
 
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 __all__ = [
     "AlreadySupervised",
     "ConfigurationError",
+    "Conflict",
     "ExitStatus",
     "Problem",
     "QemuFailed",
@@ -32,6 +35,7 @@ __all__ = [
     "QmpRefused",
     "QrapdError",
     "Unavailable",
+    "Unknown",
     "UsageError",
 ]
 
@@ -84,6 +88,18 @@ class QemuFailed(QrapdError):
     """QEMU could not start, or ended with an error or by a signal."""
 
     exit_status = ExitStatus.FAILED
+
+
+class Unknown(QrapdError):
+    """There is no VM, link or forward of that name."""
+
+    exit_status = ExitStatus.UNAVAILABLE
+
+
+class Conflict(QrapdError):
+    """What was asked for is not possible as things are: the VM runs already, or does not run."""
+
+    exit_status = ExitStatus.ALREADY_SUPERVISED
 
 
 class QmpFailed(QrapdError):

@@ -66,6 +66,9 @@ class Event(enum.Enum):
     QEMU_EXITED = "qemu exited"
     STOP = "stop"
     HURRY = "hurry"
+    """asked to stop once more: the next, rougher step at once"""
+    KILL = "kill"
+    """QEMU is to end at once, whatever that does to the guest"""
     DEADLINE = "deadline"
     LINKS_DOWN = "links down"
     LEAVE = "leave"
@@ -115,12 +118,14 @@ TABLE: dict[State, dict[Event, Step]] = {
         _E.ADOPT: (_S.ADOPTING, (_A.ADOPT,)),
         _E.STOP: (_S.ENDED, (_A.FINISH,)),
         _E.HURRY: (_S.ENDED, (_A.FINISH,)),
+        _E.KILL: (_S.ENDED, (_A.FINISH,)),
     },
     _S.LINKING: {
         _E.LINKS_UP: (_S.LAUNCHING, (_A.SPAWN_QEMU,)),
         _E.LINKS_FAILED: _RELEASE,
         _E.STOP: _RELEASE,
         _E.HURRY: _RELEASE,
+        _E.KILL: _RELEASE,
     },
     _S.LAUNCHING: {
         _E.QEMU_SPAWNED: (_S.CONNECTING, (_A.CONNECT_QMP,)),
@@ -128,6 +133,7 @@ TABLE: dict[State, dict[Event, Step]] = {
         _E.LINKS_FAILED: (_S.ABANDONING, ()),
         _E.STOP: (_S.ABANDONING, ()),
         _E.HURRY: (_S.ABANDONING, ()),
+        _E.KILL: (_S.ABANDONING, ()),
     },
     _S.ABANDONING: {
         _E.QEMU_SPAWNED: _TERMINATE,
@@ -143,6 +149,7 @@ TABLE: dict[State, dict[Event, Step]] = {
         # No guest has booted yet that could power down in order.
         _E.STOP: _TERMINATE,
         _E.HURRY: _KILL,
+        _E.KILL: _KILL,
     },
     _S.ADOPTING: {
         _E.QMP_UP: (_S.READY, (_A.ANNOUNCE_ADOPTED,)),
@@ -152,6 +159,7 @@ TABLE: dict[State, dict[Event, Step]] = {
         _E.QEMU_EXITED: _RELEASE,
         _E.STOP: (_S.ADOPTING_TO_STOP, ()),
         _E.HURRY: (_S.ADOPTING_TO_STOP, ()),
+        _E.KILL: (_S.ADOPTING_TO_STOP, ()),
     },
     _S.ADOPTING_TO_STOP: {
         _E.QMP_UP: (_S.POWERING_DOWN, (_A.POWER_DOWN,)),
@@ -159,29 +167,34 @@ TABLE: dict[State, dict[Event, Step]] = {
         _E.DEADLINE: _TERMINATE,
         _E.QEMU_EXITED: _RELEASE,
         _E.HURRY: _TERMINATE,
+        _E.KILL: _KILL,
     },
     _S.READY: {
         _E.QEMU_EXITED: _RELEASE,
         _E.LEAVE: _STAND_BACK,
         _E.STOP: (_S.POWERING_DOWN, (_A.POWER_DOWN,)),
         _E.HURRY: _QUIT,
+        _E.KILL: _KILL,
     },
     _S.POWERING_DOWN: {
         _E.QEMU_EXITED: _RELEASE,
         _E.DEADLINE: _QUIT,
         _E.HURRY: _QUIT,
+        _E.KILL: _KILL,
         _E.QMP_FAILED: _TERMINATE,
     },
     _S.QUITTING: {
         _E.QEMU_EXITED: _RELEASE,
         _E.DEADLINE: _TERMINATE,
         _E.HURRY: _TERMINATE,
+        _E.KILL: _KILL,
         _E.QMP_FAILED: _TERMINATE,
     },
     _S.TERMINATING: {
         _E.QEMU_EXITED: _RELEASE,
         _E.DEADLINE: _KILL,
         _E.HURRY: _KILL,
+        _E.KILL: _KILL,
     },
     _S.KILLING: {
         _E.QEMU_EXITED: _RELEASE,

@@ -89,6 +89,29 @@ EVENTS: Mapping[str, EventKind] = {
         "741e41494f7e48759c2a2bfc4eb890fc",
         "{count} lines were dropped: nobody read the log fast enough",
     ),
+    "log.limited": EventKind(
+        "warning",
+        "af30f6243a4f42a9827db6b4c7081b3a",
+        "{count} lines of {of} were left out: more than the journal is given",
+    ),
+    "agent.ready": EventKind(
+        "info",
+        "b7e01aeb759b4fb19b1292ec025b924d",
+        "the agent is there: {vms} VMs, {adopted} of them taken over from an earlier one",
+    ),
+    "agent.reloaded": EventKind(
+        "info",
+        "6cd556d6ee2749b68fb856c5af963699",
+        "the files were read again: changed {changed}, started {started}",
+    ),
+    "agent.stopping": EventKind(
+        "info", "bf1dd24d32384799b46980626728fd6a", "the agent stops ({how}), with {vms} VMs running"
+    ),
+    "bug.found": EventKind(
+        "error",
+        "eec734ff3d304fea9265dc4c47bf2eac",
+        "a bug in qrapd, please report it: {where}: {error}",
+    ),
     "config.invalid": EventKind("error", "76e530557d5641199a552b5562107e32", "{file}: {problem}"),
     "run.failed": EventKind("error", "17ef94c04b3049f191f8de8f8f38d9d4", "{error}"),
 }

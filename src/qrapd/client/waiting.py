@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""When a wait is over: decided by how the VM was and is, not by events, which may be missed.
+
+``history`` begins with the status before the request; its last one is the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Verdict", "killed", "restarted", "started", "stopped", "swapped"]
+
+History = Sequence[dict[str, Any]]
+
+RUNS = ("ready", "degraded")
+OVER = ("exited", "failed")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A wait is over: the VM is as was asked for, or will not be."""
+
+    ok: bool
+    words: str
+
+
+def started(history: History) -> Verdict | None:
+    """The machine runs."""
+    now = history[-1]
+    if now["state"] in RUNS:
+        return Verdict(True, _running(now))
+    return _over(history) if _is_news(history) else None
+
+
+def restarted(history: History) -> Verdict | None:
+    """The machine runs, and it is another QEMU."""
+    before, now = history[0], history[-1]
+    if now["state"] in RUNS and _pid(now) not in (None, _pid(before)):
+        return Verdict(True, _running(now))
+    # Between the two machines it has exited, too: that counts only when the second one was seen.
+    second = any(_pid(each) not in (None, _pid(before)) for each in history[1:])
+    over = now["state"] == "failed" or (now["state"] == "exited" and second)
+    return _over(history) if over and _is_news(history) else None
+
+
+def stopped(history: History) -> Verdict | None:
+    """It has ended; well, if it ran at all when it was told to."""
+    before, now = history[0], history[-1]
+    if now["state"] == "exited":
+        return Verdict(True, "has ended" if before["state"] not in OVER else "does not run")
+    if now["state"] == "failed":
+        if before["state"] in OVER:
+            return Verdict(True, "does not run")
+        return Verdict(False, f"has ended, and not well: {_error(now)}")
+    return None
+
+
+def killed(history: History) -> Verdict | None:
+    """That QEMU is no more; there may be another one already, if the VM's file wants that."""
+    before, now = history[0], history[-1]
+    if now["state"] in OVER:
+        return Verdict(True, "is dead" if _pid(before) else "does not run")
+    if _pid(before) is not None and _pid(now) not in (None, _pid(before)):
+        return Verdict(True, f"is dead, and runs again as its file wants: QEMU is pid {_pid(now)} now")
+    return None
+
+
+def swapped(history: History, index: int) -> Verdict | None:
+    """The link has another stream."""
+    before, now = find_link(history[0], index), find_link(history[-1], index)
+    if history[-1]["state"] in (*OVER, "stopping"):
+        return Verdict(False, f"link {index}: the VM has ended meanwhile")
+    if now is None:
+        return Verdict(False, f"link {index} is no more")
+    generation = before["generation"] if before else -1
+    if now["state"] == "up" and now["generation"] > generation:
+        outage, pid = now.get("last_outage_ms"), now.get("passt_pid")
+        took = f" after {outage:.0f} ms" if outage is not None else ""
+        who = f" (pid {pid})" if pid else ""
+        return Verdict(
+            True, f"link {index}: back{took} on another passt{who}, generation {now['generation']}"
+        )
+    # A link that had been given up before says so until it is tried again.
+    states = [link["state"] for each in history if (link := find_link(each, index))]
+    if states[-1] == "failed" and set(states) != {"failed"}:
+        return Verdict(False, f"link {index}: no passt: {_error(history[-1])}")
+    return None
+
+
+def find_link(status: dict[str, Any], index: int) -> dict[str, Any] | None:
+    """A VM's link, if it has that."""
+    return next((link for link in status.get("links") or () if link["index"] == index), None)
+
+
+def _is_news(history: History) -> bool:
+    """Whether a state is of this attempt, and not of the one before."""
+    before, now = history[0], history[-1]
+    return (before["state"], before.get("since")) != (now["state"], now.get("since"))
+
+
+def _over(history: History) -> Verdict | None:
+    now = history[-1]
+    if now["state"] == "failed":
+        return Verdict(False, f"has failed: {_error(now)}")
+    if now["state"] == "exited":
+        return Verdict(True, "has ended again by itself")
+    return None
+
+
+def _running(status: dict[str, Any]) -> str:
+    down = [str(link["index"]) for link in status.get("links") or () if link["state"] != "up"]
+    words = f"runs, QEMU is pid {_pid(status)}" if _pid(status) else "runs"
+    return words + (f"; without a network on link {', '.join(down)}" if down else "")
+
+
+def _pid(status: dict[str, Any]) -> int | None:
+    return status.get("qemu_pid")
+
+
+def _error(status: dict[str, Any]) -> str:
+    return str(status.get("error") or "its log says why")

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Commands that run a VM here, or tell its supervisor something: run, wrap, reload, upgrade."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qrapd import __version__
+from qrapd.commands.complaints import complain
+from qrapd.commands.options import (
+    allow_uid_option,
+    base_directory,
+    client_options,
+    common_options,
+    file_argument,
+    pattern_option,
+    places,
+    read_plan,
+)
+from qrapd.commands.owner import become_owner
+from qrapd.errors import ConfigurationError, ExitStatus, QrapdError, Unavailable
+
+if TYPE_CHECKING:
+    from qrapd.client.places import Places
+    from qrapd.logs import LogFormat, Logs
+    from qrapd.plan import Plan
+    from qrapd.vm import Outcome
+
+__all__ = ["reload", "run", "upgrade", "wrap"]
+
+
+@click.command()
+@file_argument()
+@common_options
+def run(file: str, runtime_dir: Path | None, log_format: LogFormat, log_level: str) -> int:
+    """Supervise one VM in the foreground until it ends.
+
+    SIGTERM, or Ctrl-C, asks the guest to power down; a second one takes the next, rougher step.
+    """
+    return _run(lambda: read_plan(file), runtime_dir, log_format, log_level, file=file)
+
+
+@click.command()
+@file_argument()
+@client_options
+def reload(file: str, runtime_dir: Path | None, socket: Path | None, **_: object) -> None:
+    """Have a running VM's supervisor read its file again, and apply what it can.
+
+    Changed options of passt, or an upgraded passt, get the link another passt under the running guest. What needs a
+    restart of the VM is named in its log. A file with errors in it is refused here, and changes nothing.
+    """
+    from qrapd import running
+    from qrapd.client.places import is_name
+
+    where = places(runtime_dir, socket)
+    if is_name(file) and _agent_reloads(where, file):
+        return
+    name = read_plan(file).name
+    if name != file and _agent_reloads(where, name):
+        return
+    become_owner(where.base / name)
+    supervisor = running.find_supervisor(where.base, name)
+    running.tell(supervisor, signal.SIGHUP)
+    click.echo(
+        f"{name}: its supervisor (pid {supervisor.pid}) reads the file again; its log says what changes"
+    )
+
+
+def _agent_reloads(where: Places, name: str) -> bool:
+    """Ask the agent, if it has this VM."""
+    from qrapd.commands.stopping import agent_has, own_supervisor
+
+    if where.socket is None and (own_supervisor(where, name) is not None or not agent_has(where, name)):
+        return False
+    from qrapd.client.http import Client
+    from qrapd.commands.asking import run as run_async
+
+    async def job() -> None:
+        async with Client(where.agent) as client:
+            await client.act(name, "reload")
+
+    run_async(job)
+    click.echo(f"{name}: the agent reads its file again; its log says what changes: qrapd events {name}")
+    return True
+
+
+@click.command()
+@file_argument()
+@common_options
+def upgrade(file: str, runtime_dir: Path | None, **_: object) -> None:
+    """Have a running VM's supervisor replaced by the installed qrapd, in the same process.
+
+    The VM runs on, and its network, too.
+    """
+    from qrapd import running
+
+    name, base = read_plan(file).name, base_directory(runtime_dir)
+    become_owner(base / name)
+    supervisor = running.find_supervisor(base, name)
+    running.tell(supervisor, signal.SIGUSR2)
+    click.echo(
+        f"{name}: its supervisor (pid {supervisor.pid}) becomes qrapd {__version__}; its log says vm.adopted"
+    )
+
+
+@click.command(
+    context_settings={
+        # What is not ours is QEMU's, and QEMU has options such as -hda: no short ones of our own.
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": ["--help"],
+    }
+)
+@click.option(
+    "--powerdown-timeout",
+    type=click.FloatRange(0),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the guest to power down when the VM is stopped; then QEMU is told to quit.",
+)
+@pattern_option
+@allow_uid_option
+@common_options
+@click.argument("arguments", metavar="[FDNUM QEMU_CMD] [QEMU_ARG]...", nargs=-1, type=click.UNPROCESSED)
+def wrap(
+    arguments: tuple[str, ...],
+    powerdown_timeout: float,
+    pattern: str,
+    allow_uid: tuple[int, ...],
+    runtime_dir: Path | None,
+    log_format: LogFormat,
+    log_level: str,
+) -> int:
+    """Run a qrap command line, but supervised: find a passt, hold its stream, stop in order, tell what happens.
+
+    Options of qrapd come first; what follows is as for qrap(1):
+
+    \b
+    qrapd wrap 5 qemu-system-x86_64 -m 1G -netdev socket,fd=5,id=n0 -device virtio-net-pci,netdev=n0
+    """
+
+    def make_plan() -> Plan:
+        from qrapd.wrap import plan_wrap
+
+        return plan_wrap(
+            arguments,
+            os.environ,
+            pattern=pattern,
+            allowed_uids=frozenset(allow_uid),
+            powerdown_timeout=powerdown_timeout,
+            quit_timeout=5,
+        )
+
+    return _run(make_plan, runtime_dir, log_format, log_level)
+
+
+def _run(
+    make_plan: Callable[[], Plan],
+    runtime_dir: Path | None,
+    log_format: LogFormat,
+    log_level: str,
+    *,
+    file: str | None = None,
+) -> int:
+    from qrapd.handover import become_successor
+    from qrapd.logs import JOURNAL_SOCKET, Logs
+
+    environment = dict(os.environ)  # as it was given to us, for whoever takes our place
+    if log_format == "journal" and not JOURNAL_SOCKET.is_socket():
+        raise Unavailable(
+            f"there is no journal to write to: no socket {JOURNAL_SOCKET}",
+            hint="leave --log-format out, or choose json or console",
+        )
+    with Logs(log_format, log_level) as logs:
+        try:
+            outcome = _supervise(make_plan(), base_directory(runtime_dir), logs, make_plan if file else None)
+        except QrapdError as error:
+            # Where the file cannot be read its name is all that says which VM this is about.
+            return _tell(error, logs, vm=Path(file).stem if file else None)
+    if outcome.stood_back:
+        become_successor(outcome.fds, environment)
+    return ExitStatus.OK
+
+
+def _supervise(plan: Plan, base: Path, logs: Logs, reread: Callable[[], Plan] | None) -> Outcome:
+    import anyio
+
+    from qrapd.foreground import supervise
+    from qrapd.handover import take_fds
+    from qrapd.systemd import Notifier, watchdog_interval
+
+    return anyio.run(
+        partial(
+            supervise,
+            plan,
+            base,
+            logs.emit,
+            reread=reread,
+            # What is for qrapd alone is taken out of the environment: QEMU and passt have no business with it.
+            handed=take_fds(os.environ),
+            watchdog=watchdog_interval(os.environ, os.getpid()),
+            notifier=Notifier.from_environment(os.environ),
+        )
+    )
+
+
+def _tell(error: QrapdError, logs: Logs, vm: str | None) -> int:
+    """An error of a supervised VM: in words on a terminal, as an event where events go."""
+    if logs.format == "console":
+        complain(error)
+    elif isinstance(error, ConfigurationError):
+        for problem in error.problems:
+            fields = {"vm": vm, "hint": problem.hint}
+            logs.emit("config.invalid", file=error.path, problem=str(problem), **_given(fields))
+    else:
+        logs.emit("run.failed", error=error.message, **_given({"vm": vm, "hint": error.hint}))
+    return error.exit_status
+
+
+def _given(fields: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in fields.items() if value}
