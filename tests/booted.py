@@ -25,9 +25,10 @@ from typing import IO, Any
 
 import pytest
 
+from qrapd.guest import GuestImage
 from support import PATIENCE
 
-__all__ = ["PROJECT", "Booted", "boot"]
+__all__ = ["PROJECT", "Booted", "boot", "install", "put"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +60,7 @@ class Booted:
         self._reader.start()
         self.pid = 0
         """systemd's, as seen from here"""
+        self.installed = False
 
     def _read_pids(self) -> None:
         assert self._holder.stdout is not None
@@ -254,6 +256,33 @@ def boot() -> Iterator[Booted]:
             yield machine
         finally:
             machine.end()
+
+
+def install(machine: Booted, guest: GuestImage) -> Booted:
+    """The machine with qrapd installed, from a checkout that everyone may read, as in the documentation; once.
+
+    The guest's files are in /srv there.
+    """
+    if machine.installed:
+        return machine
+    checkout = machine.path("/srv/qrapd")
+    checkout.mkdir(parents=True)
+    for name in ("src", "scripts", "systemd", "docs", "config", "requirements"):
+        shutil.copytree(PROJECT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, checkout)
+    for file in (guest.kernel, guest.initramfs):
+        put(machine, file)
+    machine.shell("cd /srv/qrapd && make install", check=True, timeout=300)
+    machine.installed = True
+    return machine
+
+
+def put(machine: Booted, file: Path) -> Path:
+    """Copy a file to /srv in there, for everyone to read; returns its path in there."""
+    shutil.copy(file, machine.path("/srv"))
+    machine.path("/srv").joinpath(file.name).chmod(0o644)
+    return Path("/srv") / file.name
 
 
 def _interpreter() -> list[Path]:

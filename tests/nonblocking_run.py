@@ -17,7 +17,7 @@ import anyio
 from blockbuster import blockbuster_ctx
 
 from qrapd import plan, vm_files
-from qrapd.supervisor import supervise
+from qrapd.foreground import supervise
 from qrapd.vm import Vm
 
 # By file and functions in it. All of them are files of the kernel's, or of the runtime directory, which is in memory:

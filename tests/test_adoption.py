@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qrapd import binaries
 from qrapd.guest import GuestImage
-from support import PATIENCE, Run, VmFile, fetch, write_vm
+from support import NOBODY, PATIENCE, Run, VmFile, fetch, free_port, write_vm
 
 
 def read_record(run: Run, name: str) -> Any:
@@ -172,6 +175,229 @@ def test_an_upgrade_in_place(place: Path) -> None:
         os.kill(before["qemu"]["pid"], signal.SIGKILL)
         assert 1 == run.wait()
         assert 9 == run.last("vm.exited")["signal"]  # known of a child only
+        run.assert_nothing_left()
+
+
+def test_output_after_an_upgrade(place: Path) -> None:
+    """What QEMU and passt write goes on being heard."""
+    passt = place / "passt"
+    passt.write_text(
+        f"""#!/bin/sh
+case "$*" in *--fd*) while kill -0 $$; do echo "still here"; sleep 0.1; done & esac
+exec {shutil.which("passt")} "$@"
+"""
+    )
+    passt.chmod(0o755)
+    vm = write_vm(place, "heard", qemu="powerdown_timeout = 0", link_lines=f'passt_binary = "{passt}"')
+    with Run(vm.path, place / "run") as run:
+        run.wait_for("vm.ready")
+        for _ in range(2):
+            assert 0 == qrapd("upgrade", "--runtime-dir", str(place / "run"), str(vm.path)).returncode
+            qemu = run.wait_for("vm.adopted")["qemu_pid"]
+            run.wait_for("passt.output", line="still here")
+        os.kill(qemu, signal.SIGTERM)
+        assert "terminating on signal" in run.wait_for("qemu.output")["line"]
+        run.wait()
+        run.assert_nothing_left()
+
+
+def test_options_that_changed_meanwhile(place: Path) -> None:
+    """They come in as at a reload; what has not changed is left alone."""
+    vm = write_vm(place, "changed", links=2, qemu="powerdown_timeout = 0")
+    with ended(left_running(vm, place / "run")) as killed:
+        before = read_record(killed, "changed")["links"]
+        port = free_port()
+        vm.path.write_text(vm.path.read_text().replace(str(vm.ports[1]), str(port)))
+        with Run(vm.path, place / "run") as run:
+            assert "has changed" in run.wait_for("link.notice", link=1)["notice"]
+            run.wait_for("link.lost", link=1, reason="requested")
+            run.wait_for("link.restored", link=1, generation=2)
+            after = read_record(run, "changed")["links"]
+            assert before[0] == after[0]
+            assert f"127.0.0.1/{port}:80" in after[1]["argv"]
+            assert 0 == run.stop()
+            run.assert_nothing_left()
+
+
+def test_options_that_changed_and_do_not_work(place: Path) -> None:
+    """The guest keeps the network that it had."""
+    vm = quick_vm(place, "taken")
+    with ended(left_running(vm, place / "run")) as killed, socket.create_server(("127.0.0.1", 0)) as rival:
+        before = read_record(killed, "taken")["links"][0]
+        port = rival.getsockname()[1]
+        vm.path.write_text(vm.path.read_text().replace(str(vm.ports[0]), str(port)))
+        with Run(vm.path, place / "run") as run:
+            assert "has changed" in run.wait_for("link.notice")["notice"]
+            assert "the old ones stay" in run.wait_for("link.notice")["notice"]
+            run.wait_for("link.restored", generation=2)
+            assert before["argv"] == read_record(run, "taken")["links"][0]["argv"]
+            assert 0 == run.stop()
+            run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("links", [1, 3])
+def test_nics_that_the_file_no_longer_has(place: Path, links: int) -> None:
+    """Or has now: the machine goes on with those that it has, until it is started again."""
+    vm = write_vm(place, "other", links=2, qemu="powerdown_timeout = 0")
+    with ended(left_running(vm, place / "run")) as killed:
+        before = read_record(killed, "other")
+        text, _, second = vm.path.read_text().rpartition("[[link]]")
+        if links == 3:
+            text += f"[[link]]{second}[[link]]{second.replace(str(vm.ports[1]), str(free_port()))}"
+        vm.path.write_text(text)
+        with Run(vm.path, place / "run") as run:
+            assert "restart of the VM" in run.wait_for("link.notice", link=min(links, 2))["notice"]
+            run.wait_for("vm.adopted", links=2, generations=[1, 1])
+            assert before["links"] == read_record(run, "other")["links"]
+            os.kill(killed.last("link.connected")["passt_pid"], signal.SIGKILL)
+            run.wait_for("link.restored", generation=2)
+            assert 0 == run.stop()
+            run.assert_nothing_left()
+
+
+def test_a_record_without_argv(place: Path) -> None:
+    """As an earlier qrapd has written it: it is adopted as it is."""
+    vm = quick_vm(place, "earlier")
+    with ended(left_running(vm, place / "run")) as killed:
+        record = read_record(killed, "earlier")
+        for link in record["links"]:
+            del link["argv"], link["mac"]
+        (place / "run/earlier/record.json").write_text(json.dumps(record))
+        with Run(vm.path, place / "run") as run:
+            run.wait_for("vm.adopted")
+            assert ["vm.adopted"] == run.names()
+            assert 0 == run.stop()
+
+
+def hidden(*then: str) -> list[str]:
+    """What to put before Python: a /proc that hides from all but root's group what may not be traced."""
+    mount = "mount -t proc -o hidepid=invisible proc /proc"
+    script = f'{mount} && exec setpriv --regid {NOBODY} --clear-groups "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *then]
+
+
+@pytest.fixture
+def in_a_user_namespace() -> list[str]:
+    """A /proc that hides passt, and a QEMU of another qrapd's, too: each qrapd has a user namespace of its own."""
+    command = hidden("unshare", "--user", "--map-root-user")
+    if os.geteuid() != 0 or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        pytest.skip("mount and user namespaces are refused here")
+    return [*command, sys.executable, "-m"]
+
+
+def test_where_proc_hides_passt(place: Path, as_nobody: list[str]) -> None:
+    """A passt that cannot be told from others is not touched; with its stream it is seen off all the same."""
+    home = place / "home"
+    home.mkdir()
+    home.chmod(0o777)
+    vm = quick_vm(home, "hidden")
+    prefix = [*hidden(), *as_nobody]
+    with ended(Run(vm.path, home / "run", prefix=prefix).__enter__()) as killed:
+        killed.wait_for("vm.ready")
+        kill(killed)
+        with Run(vm.path, home / "run", prefix=prefix) as run:
+            assert run.wait_for("vm.adopted")["qemu_pid"] == killed.last("vm.started")["qemu_pid"]
+            run.wait_for("link.lost", reason="requested")
+            run.wait_for("link.restored", generation=2)
+            assert 0 == run.stop()
+            run.assert_nothing_left()
+        killed.assert_nothing_left()
+
+
+def test_where_proc_hides_qemu(place: Path, in_a_user_namespace: list[str]) -> None:
+    """Its monitor's greeting tells who it is: it is taken over, and no second one is started."""
+    vm = quick_vm(place, "unseen")
+    with ended(Run(vm.path, place / "run", prefix=in_a_user_namespace).__enter__()) as killed:
+        killed.wait_for("vm.ready")
+        kill(killed)
+        with Run(vm.path, place / "run", prefix=in_a_user_namespace) as run:
+            assert run.wait_for("vm.adopted")["qemu_pid"] == killed.last("vm.started")["qemu_pid"]
+            assert 0 == run.stop()
+            assert "vm.started" not in run.names()
+            run.assert_nothing_left()
+        killed.assert_nothing_left()
+
+
+def test_a_hidden_qemu_that_cannot_be_told(place: Path, in_a_user_namespace: list[str]) -> None:
+    """It may be ours: nothing is started beside it, and nothing is ended."""
+    vm = quick_vm(place, "doubtful")
+    with ended(Run(vm.path, place / "run", prefix=in_a_user_namespace).__enter__()) as killed:
+        killed.wait_for("vm.ready")
+        kill(killed)
+        (place / "run/doubtful/qmp.sock").unlink()
+        with Run(vm.path, place / "run", prefix=in_a_user_namespace) as run:
+            assert 75 == run.wait()
+            assert "still runs" in run.last("run.failed")["error"]
+            assert f"ps -fp {killed.last('vm.started')['qemu_pid']}" in run.last("run.failed")["hint"]
+        assert all(child.alive for child in killed.children.values())
+        assert (place / "run/doubtful/record.json").exists()
+
+
+def test_a_hidden_process_that_is_not_qemu(place: Path, in_a_user_namespace: list[str]) -> None:
+    """Nobody listens on the monitor's socket that is there: QEMU has ended, and its pid is another's by now."""
+    vm = quick_vm(place, "reused")
+    with ended(Run(vm.path, place / "run", prefix=in_a_user_namespace).__enter__()) as killed:
+        killed.wait_for("vm.ready")
+        kill(killed)
+        record = read_record(killed, "reused")
+        os.kill(record["qemu"]["pid"], signal.SIGKILL)
+        record["qemu"]["pid"] = os.getpid()  # hidden, and no QEMU
+        (place / "run/reused/record.json").write_text(json.dumps(record))
+        with Run(vm.path, place / "run", prefix=in_a_user_namespace) as run:
+            run.wait_for("vm.exited", reason="killed")
+            run.wait_for("vm.ready")
+            assert 0 == run.stop()
+            run.assert_nothing_left()
+
+
+def test_a_qemu_that_the_record_does_not_know(place: Path) -> None:
+    """Another one than the record's answers on the monitor: nothing is started beside it."""
+    vm = quick_vm(place, "behind")
+    with ended(left_running(vm, place / "run")) as killed:
+        record = read_record(killed, "behind")
+        record["qemu"]["start_time"] += 1
+        (place / "run/behind/record.json").write_text(json.dumps(record))
+        with Run(vm.path, place / "run") as run:
+            assert 75 == run.wait()
+            assert "another one" in run.last("run.failed")["error"]
+        assert all(child.alive for child in killed.children.values())
+
+
+def _modes_here() -> set[str]:
+    """The modes beside swap that the installed parts can have."""
+    name = f"qemu-system-{binaries.host_architecture()}"
+    if not (shutil.which(name) and shutil.which("passt")):
+        return set()
+    modes = {"native"} if "passt" in binaries.qemu_netdevs(name) else set()
+    if binaries.qemu_version(name) >= (10, 0, 0) and "vhost-user" in binaries.passt_help("passt"):
+        modes.add("vhost-user")
+    return modes
+
+
+@pytest.mark.link
+@pytest.mark.guest
+@pytest.mark.may_skip("needs newer parts than Debian 12 has")
+@pytest.mark.parametrize("mode", ["vhost-user", "native"])
+def test_other_modes(guest: GuestImage, place: Path, mode: str) -> None:
+    """They are taken over as they are, by another process and by an upgraded one, and a lost passt is noticed."""
+    if mode not in _modes_here():
+        pytest.skip(f"the installed QEMU and passt cannot have mode {mode!r}")
+    vm = write_vm(place, "mode", guest=guest, link_lines=f"mode = '{mode}'", qemu="powerdown_timeout = 5")
+    with ended(Run(vm.path, place / "run").__enter__()) as killed, ExitStack() as stack:
+        killed.wait_for_line("guest: ready")
+        passt = killed.last("link.connected")["passt_pid"]
+        kill(killed)
+        run = stack.enter_context(Run(vm.path, place / "run"))
+        run.wait_for("vm.adopted", generations=[1])
+        assert 0 == qrapd("upgrade", "--runtime-dir", str(place / "run"), str(vm.path)).returncode
+        run.wait_for("vm.adopted", generations=[1])
+        assert passt == read_record(run, "mode")["links"][0]["passt"]["pid"]
+        fetch(vm.ports[0])
+        os.kill(passt, signal.SIGKILL)
+        run.wait_for("link.lost", reason="exited")
+        run.wait_for("link.restored", generation=2)
+        fetch(vm.ports[0])
+        run.stop()
         run.assert_nothing_left()
 
 

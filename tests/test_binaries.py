@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,51 @@ def test_what_is_no_qemu_is_quoted(program: Program) -> None:
     """A program that gives no version of QEMU is refused with its own words."""
     with pytest.raises(Unavailable, match="no version of QEMU: not me"):
         binaries.qemu_version(program("qemu", "echo not me"))
+
+
+SANDBOXED = 'test "$*" = "-sandbox on -version" && echo QEMU emulator version 9.0.0'
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (SANDBOXED, True),
+        ("echo there is no option group sandbox >&2; exit 1", False),
+        ("echo QEMU emulator version 9.0.0; exit 1", False),
+        ("exit 0", False),
+    ],
+)
+def test_a_program_that_is_not_linked_with_libseccomp_is_asked_for_a_sandbox(
+    program: Program, script: str, expected: bool
+) -> None:
+    """It may run one that is."""
+    assert expected is binaries.qemu_has_sandbox(program("qemu", script))
+
+
+def test_a_program_that_is_linked_with_libseccomp_is_not_asked(program: Program, tmp_path: Path) -> None:
+    """Its list of libraries tells."""
+    path = program("qemu", f"touch {tmp_path}/asked; exit 1")
+    with Path(path).open("ab") as file:
+        file.write(b"\0libpixman-1.so.0\0libseccomp.so.2\0")
+    assert binaries.qemu_has_sandbox(path)
+    assert not (tmp_path / "asked").exists()
+
+
+def test_no_program_has_no_sandbox(tmp_path: Path) -> None:
+    """What is wrong with it is told by who wants to run it."""
+    (tmp_path / "empty").touch(0o755)
+    assert not binaries.qemu_has_sandbox(str(tmp_path / "empty"))
+    assert not binaries.qemu_has_sandbox(str(tmp_path / "missing"))
+
+
+def test_the_installed_qemus_have_a_sandbox_if_they_take_the_option() -> None:
+    """Looking comes to what asking comes to; Debian 12's microvm is built without."""
+    found = {shutil.which(f"qemu-system-{each}") for each in ("x86_64", "x86_64-microvm", "i386", "aarch64")}
+    for path in found - {None}:
+        assert path is not None
+        assert binaries.qemu_has_sandbox(path) is (
+            binaries.ask(path, "-sandbox", "on", "-version").status == 0
+        )
 
 
 def test_a_program_is_asked_once_until_it_changes(program: Program, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_an_empty_file_is_a_vm() -> None:
         "directory": ".",
         "args": [],
         "console": "journal",
+        "sandbox": True,
         "powerdown_timeout": 60,
         "quit_timeout": 5,
     } == vm.qemu.model_dump()

@@ -46,7 +46,18 @@ def test_link_modes_of_a_qemu(
     version: tuple[int, int, int], netdevs: set[str], status: str, words: str
 ) -> None:
     """What a QEMU can carry follows from its backends; only the name of an option from its version."""
-    finding = programs.judge_qemu("qemu-system-x86_64", "/usr/bin/qemu", version, frozenset(netdevs))
+    finding = programs.judge_qemu(
+        "qemu-system-x86_64", "/usr/bin/qemu", version, frozenset(netdevs), has_sandbox=True
+    )
 
     assert status == finding.status
+    assert words in finding.found
+
+
+@pytest.mark.parametrize(("has", "words"), [(True, "; has a sandbox"), (False, "built without seccomp")])
+def test_the_sandbox_of_a_qemu(has: bool, words: str) -> None:
+    """Without it VMs run all the same."""
+    netdevs = frozenset({"socket", "hubport"})
+    finding = programs.judge_qemu("qemu-system-mips", "/usr/bin/qemu", (7, 2, 0), netdevs, has_sandbox=has)
+    assert "ok" == finding.status
     assert words in finding.found

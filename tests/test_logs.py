@@ -329,6 +329,118 @@ def test_a_journal_that_comes_back_is_written_to_again(tmp_path: Path) -> None:
             path.unlink()
 
 
+# a flood
+
+
+def flood(logs: Logs, number: int, vm: str = "web") -> None:
+    """Lines of a guest, as fast as can be."""
+    for _ in range(number):
+        logs.emit("guest.console", vm=vm, line="x")
+
+
+class Collected(threading.Thread):
+    """Reads entries beside the test: journald is never full."""
+
+    def __init__(self, server: socket.socket, last: str, number: int) -> None:
+        super().__init__()
+        self._server, self._last, self._number = server, last, number
+        self.entries: list[dict[str, str]] = []
+        self.start()
+
+    def run(self) -> None:
+        """Until the last one."""
+        with suppress(TimeoutError):
+            while self.names().count(self._last) < self._number:
+                self.entries.append(receive(self._server)[0])
+
+    def names(self) -> list[str]:
+        """The events."""
+        return [entry["QRAPD_EVENT"] for entry in self.entries]
+
+    def result(self) -> list[dict[str, str]]:
+        """All of them, once the last has come."""
+        self.join(PATIENCE)
+        assert self._number == self.names().count(self._last)
+        return self.entries
+
+
+def test_a_flood_is_limited_in_the_journal(tmp_path: Path) -> None:
+    """What was left out is counted by VM and kind; qrapd's own events, and others' lines, are all there."""
+    with journal_of(tmp_path) as (logs, server):
+        collecting = Collected(server, "vm.exited", 1)
+        # Slower than the queue's limit could be the cause of a loss.
+        for _ in range(50):
+            flood(logs, 200)
+            logs.emit("qemu.output", vm="web", line="its last words")
+            logs.emit("guest.console", vm="other", line="y")
+            logs.emit("link.lost", vm="web", link=0)
+            while len(logs._writer._queue) > 500:
+                time.sleep(0.001)
+        logs._tell_limited()
+        logs.emit("vm.exited", vm="web", reason="killed")
+        entries = collecting.result()
+    names = [entry["QRAPD_EVENT"] for entry in entries]
+    assert [50, 50, 0] == [names.count(name) for name in ("link.lost", "qemu.output", "log.dropped")]
+    assert 50 == len([e for e in entries if e["QRAPD_VM"] == "other"])
+    told = [e for e in entries if e["QRAPD_EVENT"] == "log.limited"]
+    assert {("web", "guest.console")} == {(e["QRAPD_VM"], e["QRAPD_OF"]) for e in told}
+    written = len([e for e in entries if (e["QRAPD_EVENT"], e["QRAPD_VM"]) == ("guest.console", "web")])
+    assert 50 * 200 == written + sum(int(e["QRAPD_COUNT"]) for e in told)
+    assert written < 50 * 200 / 2
+
+
+def test_what_was_left_out_is_told_while_all_is_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood may end without another word of anybody; and the end of the log tells the rest."""
+    monkeypatch.setattr(logs_module, "REPORT_SECONDS", 0.01)
+    with journal_of(tmp_path) as (logs, server):
+        collecting = Collected(server, "log.limited", 1)
+        flood(logs, 5000)
+        assert int(collecting.result()[-1]["QRAPD_COUNT"]) > 0
+    monkeypatch.setattr(logs_module, "REPORT_SECONDS", 1000.0)
+    (tmp_path / "journal").unlink()
+    with journal_of(tmp_path) as (logs, server):
+        collecting = Collected(server, "vm.exited", 1)
+        flood(logs, 5000)
+        logs.emit("vm.exited", vm="web", reason="killed")
+        assert "log.limited" not in [entry["QRAPD_EVENT"] for entry in collecting.result()]
+        collecting = Collected(server, "log.limited", 1)
+        logs.__exit__(None, None, None)
+        assert int(collecting.result()[-1]["QRAPD_COUNT"]) > 0
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_stream_gets_all_that_its_reader_takes(log_format: LogFormat) -> None:
+    """It is the user's own: no limit but the queue's."""
+    read: list[str] = []
+    with pipe() as log, os.fdopen(log.reader, encoding="utf-8", closefd=False) as text:
+        reader = threading.Thread(target=lambda: read.extend(text))
+        reader.start()
+        with Logs(log_format, stream=log.stream) as logs:
+            for _ in range(50):
+                flood(logs, 200)
+                while logs._writer._queue:
+                    time.sleep(0.001)
+        log.stream.close()
+        reader.join(PATIENCE)
+    assert 50 * 200 == len(read)
+
+
+def test_long_lines_that_wait_are_bounded_by_their_length() -> None:
+    """The queue's memory is, whatever a guest writes."""
+    with pipe() as log:
+        logs = Logs("json", stream=log.stream)
+        for _ in range(300):
+            logs.emit("guest.console", vm="web", line="x" * 128 * 1024)
+        assert logs._writer._output_bytes <= logs_module.OUTPUT_QUEUE_BYTES
+        assert 100 < len(logs._writer._queue) <= 128
+        *kept, last = [json.loads(line) for line in lines_up_to(log.reader, "log.dropped")]
+        logs._writer.close()
+        finish(logs)
+    assert 300 == len(kept) + last["count"]
+
+
 # never in the way
 
 

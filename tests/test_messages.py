@@ -39,6 +39,7 @@ PROMISED = {
     "link.lost": {"vm", "link", "generation", "reason"},
     "link.restored": {"vm", "link", "generation", "outage_ms", "passt_pid"},
     "link.failed": {"vm", "link", "attempts", "retry_in_ms", "error"},
+    "log.limited": {"vm", "of", "count"},
 }
 
 
@@ -108,6 +109,11 @@ def test_output_events_exist() -> None:
         ("guest.console", {"vm": "web", "line": "login:"}, "web | login:"),
         ("guest.console", {"vm": "web", "line": "{qemu_pid}"}, "web | {qemu_pid}"),
         ("log.dropped", {"count": 3}, "3 lines were dropped: nobody read the log fast enough"),
+        (
+            "log.limited",
+            {"vm": "web", "of": "guest.console", "count": 3},
+            "web: 3 lines of guest.console were left out: more than the journal is given",
+        ),
         ("vm.exited", {"vm": "web"}, "web: ended: ?"),
         ("no.such", {"vm": "web"}, "web: no.such"),
     ],

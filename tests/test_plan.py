@@ -144,6 +144,25 @@ def test_kvm_is_looked_for_where_it_is_ours_to_choose(
     assert expected is resolve(vm).kvm
 
 
+@pytest.mark.parametrize(
+    ("keys", "status", "expected"),
+    [
+        ("", 0, True),
+        ("", 1, False),
+        ("sandbox = false", 0, False),
+        ("args = ['-incoming', 'exec:cat x']", 0, False),
+    ],
+)
+def test_the_sandbox_is_for_a_qemu_that_has_one(
+    keys: str, status: int, expected: bool, tmp_path: Path
+) -> None:
+    """And it is asked where the file wants it."""
+    qemu = script(tmp_path / "qemu", f"touch {tmp_path}/asked; echo QEMU emulator version 9.0; exit {status}")
+    argv = resolve(configuration(tmp_path, qemu, keys=keys)).command_line(Endpoints(3, 4, 5, []))
+    assert expected is ("-sandbox" in argv)
+    assert ("" == keys) is (tmp_path / "asked").exists()
+
+
 def test_the_installed_programs_are_found(tmp_path: Path) -> None:
     """The default of every key, on a host with everything."""
     qemu, passt = shutil.which(f"qemu-system-{binaries.host_architecture()}"), shutil.which("passt")

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from qrapd.process import ExitStatus, Process, read_lines, spawn, start_time
+from qrapd.process import (
+    ExitStatus,
+    Process,
+    has_ended,
+    open_pidfd,
+    pid_of,
+    read_lines,
+    spawn,
+    start_time,
+)
 
 PATIENCE = 30.0
 
@@ -297,3 +307,63 @@ async def test_start_times_whatever_the_program_is_called(name: bytes) -> None:
 def test_start_times_tell_processes_apart() -> None:
     """This process started after the first one."""
     assert start_time(1) < start_time(os.getpid())
+
+
+# ---- who has a pid
+
+
+async def test_a_pidfd_tells_whose_it_is() -> None:
+    """For as long as there is such a process; an end that nobody has collected yet is one."""
+    async with running(python("sys.stdin.read(); print('there', flush=True); signal.pause()")) as process:
+        await first_line(process)
+        pidfd = os.dup(process.pidfd)
+        try:
+            assert (process.pid, False) == (pid_of(pidfd), has_ended(pidfd))
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+            assert (-1, True) == (pid_of(pidfd), has_ended(pidfd))
+        finally:
+            os.close(pidfd)
+    with socket.socket() as other:
+        assert 0 == pid_of(other.fileno())
+
+
+def test_a_threads_id_is_no_process() -> None:
+    """A pid that was given to a thread of somebody's."""
+    over, begun = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        over.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        begun.wait()
+        assert thread.native_id is not None
+        with pytest.raises(ProcessLookupError):
+            open_pidfd(thread.native_id)
+    finally:
+        over.set()
+        thread.join()
+
+
+HIDE = "mount -t proc -o hidepid=invisible proc /proc"
+"""In a mount namespace of one's own: /proc then hides from everyone but root what is not theirs."""
+
+
+def test_a_process_that_proc_hides(nobodys_python: list[str]) -> None:
+    """It is there, and one that has ended is not."""
+    program = "from qrapd.process import *\n"
+    program += "import os, subprocess\n"
+    program += "def look(pid):\n"
+    program += " try: start_time(pid)\n"
+    program += " except ProcessLookupError as error: return type(error).__name__\n"
+    program += "child = subprocess.Popen(['true'])\n"
+    program += "child.wait()\n"
+    program += f"print(look({os.getpid()}), look(child.pid), look(os.getpid()))"
+    hidden = ["unshare", "--mount", "--propagation", "private", "sh", "-c", f'{HIDE} && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*hidden, *nobodys_python, "-c", program], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert ("Hidden ProcessLookupError None\n", "") == (done.stdout, done.stderr)

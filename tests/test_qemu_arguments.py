@@ -104,6 +104,100 @@ def test_the_accelerator(accel: str, args: list[str], kvm: bool, expected: list[
     assert expected == values(arguments(f"[qemu]\naccel = '{accel}'\nargs = {args}", kvm=kvm), "-accel")
 
 
+FILTER = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+def sandboxes(text: str) -> list[str]:
+    """What follows each -sandbox of a QEMU that has one."""
+    vm = parse(text, Path("/vms/web.toml"))
+    passts = {index: ["passt"] for index in range(len(vm.links))}
+    endpoints = Endpoints.placeholders(len(vm.links))
+    return values(command_line(vm, "qemu", endpoints, kvm=False, passts=passts, seccomp=True), "-sandbox")
+
+
+def test_a_qemu_without_seccomp_gets_no_sandbox() -> None:
+    """It would refuse to start."""
+    assert [] == values(arguments(""), "-sandbox")
+    assert [FILTER] == sandboxes("")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[[link]]\n[[link]]\nmode = 'vhost-user'", [FILTER]),
+        ("[[link]]\n[[link]]\nmode = 'native'", []),
+        ("[qemu]\nsandbox = false", []),
+        ("[qemu]\nargs = ['-sandbox', 'on']", ["on"]),
+        ("[qemu]\nargs = ['--sandbox', 'off']", []),
+        ("[qemu]\nsandbox = false\nargs = ['-sandbox', 'on,spawn=deny']", ["on,spawn=deny"]),
+    ],
+)
+def test_the_sandbox(text: str, expected: list[str]) -> None:
+    """QEMU's filters add up, so that one of the user's replaces ours; passt cannot live below any."""
+    assert expected == sandboxes(text)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["-netdev", "tap,id=t"],
+        ["-nic", "tap"],
+        ["-net", "tap,script=no"],
+        ["-netdev", "tap,id=t,downscript=no,script=/etc/up"],
+        ["-netdev", '{"type": "tap", "id": "t"}'],
+        ["-netdev", '{"id": "t", "type": "bridge"}'],
+        ["-netdev", "type=bridge,id=b"],
+        ["-nic", "bridge,br=virbr0"],
+        ["-netdev", "passt,id=p"],
+        ["-netdev", "user,id=u,smb=/srv"],
+        ["--nic", "user,guestfwd=tcp:10.0.2.100:80-cmd:/bin/cat"],
+        ["-incoming", "exec:cat state"],
+        ["-incoming", '{"channel-type": "main", "addr": {"transport": "exec", "args": ["cat"]}}'],
+        ["-async-teardown"],
+        ["-run-with", "user=x,async-teardown=on"],
+        ["-display", "gtk,gl=on"],
+        ["-display", "sdl"],
+        ["-display", '{"type": "spice-app"}'],
+    ],
+)
+def test_a_qemu_that_has_to_start_programs_gets_no_sandbox(args: list[str]) -> None:
+    """They would inherit it, and QEMU itself could not start them."""
+    assert [] == sandboxes(f"[qemu]\nargs = {args}")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["-netdev", "tap,id=t,fd=7"],
+        ["-nic", "tap,fds=7:8"],
+        ["-netdev", '{"type": "tap", "id": "t", "fd": "7"}'],
+        ["-netdev", "tap,id=t,ifname=tap0,script=no,downscript=no"],
+        ["-netdev", '{"type": "tap", "id": "t", "script": "no", "downscript": "no"}'],
+        ["-netdev", "user,id=bridge,hostfwd=tcp::8080-:80"],
+        ["-nic", "none"],
+        ["-incoming", "tcp:0:4444"],
+        ["-incoming", "defer"],
+        ["-run-with", "async-teardown=off"],
+        ["-display", "vnc=:1"],
+        ["-display", "none"],
+        ["-drive", "file=exec:"],
+        ["-name"],
+    ],
+)
+def test_all_else_gets_the_whole_sandbox(args: list[str]) -> None:
+    """Whatever looks like it."""
+    assert [FILTER] == sandboxes(f"[qemu]\nargs = {args}")
+
+
+@pytest.mark.parametrize("args", [["-runas", "nobody"], ["-run-with", "chroot=/x,user=nobody"]])
+def test_a_qemu_that_changes_its_user_may_do_so(args: list[str]) -> None:
+    """And nothing else."""
+    assert [FILTER.replace("elevateprivileges=deny", "elevateprivileges=allow")] == sandboxes(
+        f"[qemu]\nargs = {args}"
+    )
+
+
 def test_streams_and_links_are_equally_many() -> None:
     """A link without its stream would be a NIC on a dead hub."""
     with pytest.raises(ValueError, match="zip"):

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,14 @@ from qrapd.record import LinkRecord, ProcessId, Record, Unusable
 RECORD = Record(
     ProcessId(100, 2000),
     (
-        LinkRecord(0, "swap", 3, 4, passt=ProcessId(101, 2001), passt_pid=101, inode=7),
+        LinkRecord(
+            *(0, "swap", 3, 4),
+            passt=ProcessId(101, 2001),
+            passt_pid=101,
+            inode=7,
+            mac="52:54:00:12:34:56",
+            argv=("passt", "--mtu", "1500"),
+        ),
         LinkRecord(1, "swap", 1, 1, swapping=True, socket="/tmp/passt_1.socket"),
     ),
     ProcessId(99, 1999),
@@ -34,6 +41,19 @@ def test_what_is_written_is_read(tmp_path: Path, written: Record) -> None:
     record.write(path, written)
     assert written == record.read(path)
     assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_record_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """What it does not tell is not known."""
+    path = tmp_path / "record.json"
+    record.write(path, RECORD)
+    data = json.loads(path.read_text())
+    for link in data["links"]:
+        del link["argv"], link["mac"]
+    path.write_text(json.dumps(data))
+    found = record.read(path)
+    assert found is not None
+    assert [replace(link, argv=None, mac=None) for link in RECORD.links] == list(found.links)
 
 
 def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:

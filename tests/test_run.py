@@ -286,7 +286,7 @@ def test_a_vm_that_is_already_supervised(place: Path) -> None:
         with Run(vm.path, place / "run") as second:
             assert 75 == second.wait()
             assert "already supervised" in second.last("run.failed")["error"]
-        assert {"lock", "record.json", "qmp.sock", "user-qmp.sock", "serial.sock"} == {
+        assert {"lock", "record.json", "qmp.sock", "user-qmp.sock", "serial.sock", "control.sock"} == {
             path.name for path in (place / "run" / "once").iterdir()
         }
         assert 0 == first.stop()

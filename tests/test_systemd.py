@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qrapd.handover import take_streams
+from qrapd.handover import HandedOver, take_fds
 from qrapd.systemd import Notifier, Reporter, take_stored_fds, watchdog_interval
 
 
@@ -100,13 +101,58 @@ def test_fds_that_are_not_for_us(environment: dict[str, str]) -> None:
     assert [] == take_stored_fds(dict(environment), os.getpid())
 
 
-def test_streams_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the links' indices; what has another name, or comes twice, is closed."""
-    fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
-    found = take_streams({"QRAPD_STREAMS": f"0={fds[0]},1={fds[1]},x=1"})
-    assert {0: fds[0], 1: fds[1]} == found
-    for fd in fds:
+@pytest.fixture
+def fds() -> Iterator[list[int]]:
+    """Three that are open, and closed in the end if they still are."""
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
+    yield opened
+    for fd in filter(is_open, opened):
         os.close(fd)
+
+
+def is_open(fd: int) -> bool:
+    return Path(f"/proc/self/fd/{fd}").exists()
+
+
+def test_fds_from_the_program_that_was_here_before(fds: list[int]) -> None:
+    """By name, or by a link's index, as the first versions write it. What is not ours is not touched."""
+    given = f"0={fds[0]},qemu={fds[1]},passt0-output={fds[2]},x={fds[2]},link1=a,2"
+    found = take_fds({"QRAPD_STREAMS": given})
+    assert {"link0": [fds[0]], "qemu": [fds[1]], "passt0-output": [fds[2]]} == found.fds
+    assert not any(os.get_inheritable(fd) for fd in fds)
+
+
+def test_what_the_manager_gave_the_program_before(fds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an upgrade in place $LISTEN_FDS is about numbers that may be anything by now."""
+    monkeypatch.setattr("qrapd.systemd.FIRST_FD", fds[0])
+    environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "link0"}
+    assert {"link0": [fds[0]]} == take_fds(dict(environment)).fds
+    environment["QRAPD_STREAMS"] = f"0={fds[0]}"
+    assert {"link0": [fds[0]]} == take_fds(environment).fds
+    assert {} == environment
+    assert is_open(fds[0])
+
+
+def test_one_of_two_streams_is_not_taken(fds: list[int]) -> None:
+    """Which of them is in use is not known."""
+    handed = HandedOver({"link0": fds[:2], "link1": fds[2:]})
+    assert (None, fds[2]) == (handed.take("link0"), handed.take("link1"))
+    assert [False, False, True] == [is_open(fd) for fd in fds]
+
+
+def test_one_of_two_processes_is_the_right_one() -> None:
+    """A pidfd tells whose it is; what nobody takes is closed."""
+    with subprocess.Popen(["sleep", "60"]) as ended:
+        gone = os.pidfd_open(ended.pid)
+        ended.kill()
+    mine, another = os.pidfd_open(os.getpid()), os.pidfd_open(os.getppid())
+    handed = HandedOver({"qemu": [gone, another, mine], "passt0": [os.dup(mine)]})
+    assert mine == handed.take_pidfd("qemu", os.getpid())
+    os.close(mine)
+    assert not is_open(gone)
+    assert handed.take_pidfd("passt0", 1) is None
+    handed.close()
+    assert {} == handed.fds
 
 
 @pytest.mark.parametrize(

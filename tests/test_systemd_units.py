@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from booted import PROJECT, Booted
+from booted import PROJECT, Booted, install
 from qrapd import __version__
 from qrapd.guest import GuestImage
 from qrapd.messages import EVENTS
@@ -33,7 +33,7 @@ USER_UNIT = UNITS / "user/qrapd@.service"
 CATALOG = UNITS / "qrapd.catalog"
 DOCUMENT = (PROJECT / "docs/systemd.md").read_text()
 
-WITH_KVM, WITHOUT_KVM = 2.3, 2.1
+WITH_KVM, WITHOUT_KVM = 2.1, 1.9
 """What `systemd-analyze security` may say at most; 10 is everything open."""
 
 in_systemd = [
@@ -185,19 +185,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="session")
 def machine(booted: Booted, guest: GuestImage) -> Booted:
-    """With qrapd installed, from a checkout that everyone may read, as in the documentation."""
-    checkout = booted.path("/srv/qrapd")
-    ignore = shutil.ignore_patterns("__pycache__")
-    checkout.mkdir(parents=True)
-    for name in ("src", "scripts", "systemd", "docs", "config", "requirements"):
-        shutil.copytree(PROJECT / name, checkout / name, ignore=ignore)
-    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(PROJECT / name, checkout)
-    for file in (guest.kernel, guest.initramfs):
-        shutil.copy(file, booted.path("/srv"))
-        booted.path("/srv").joinpath(file.name).chmod(0o644)
-    booted.shell("cd /srv/qrapd && make install", check=True, timeout=300)
-    return booted
+    """With qrapd installed, as in the documentation."""
+    return install(booted, guest)
 
 
 def drop_in(machine: Booted, name: str, lines: str, unit: str = "qrapd@", *, of: str = "system") -> None:
@@ -256,6 +245,17 @@ def told(machine: Booted, name: str) -> list[str]:
     """The events of a VM, in order, without what guest and children say."""
     events = [str(entry["QRAPD_EVENT"]) for entry in machine.journal(f"QRAPD_VM={name}")]
     return [event for event in events if not event.endswith((".console", ".output"))]
+
+
+def all_pids(machine: Booted, name: str) -> list[int]:
+    """Of QEMU and passt."""
+    return [pid_of(machine, f"qrapd@{name}", program) for program in ("qemu", "passt")]
+
+
+def last_words(machine: Booted, name: str) -> list[str]:
+    """What QEMU says of a SIGTERM."""
+    said = [entry["QRAPD_LINE"] for entry in machine.journal(f"QRAPD_VM={name}", "QRAPD_EVENT=qemu.output")]
+    return [line for line in said if "terminating on signal" in line]
 
 
 def kill_qrapd(machine: Booted, name: str) -> None:
@@ -397,6 +397,69 @@ class TestInSystemd:
             assert before < uptime(file.ports[0])
             assert "running; link 0 up (generation 1)" == machine.show("qrapd@kept", "StatusText")
             assert "link.lost" not in told(machine, "kept")
+            # QEMU's pidfd and output, the link's stream, and passt's pidfd and output: each once.
+            assert "5" == machine.show("qrapd@kept", "NFileDescriptorStore")
+
+    def test_what_is_written_while_qrapd_is_down(self, machine: Booted, guest: GuestImage) -> None:
+        """It is in the journal, also if it is the last words of a QEMU that ended; and so is what comes later."""
+        drop_in(machine, "10", "RestartSec=2\n", "qrapd@noted")
+        with started(machine, "noted", guest):
+            qemu = pid_of(machine, "qrapd@noted", "qemu")
+            kill_qrapd(machine, "noted")
+            machine.run("kill", "-TERM", str(qemu), check=True)
+            machine.wait_for("last words", lambda: len(last_words(machine, "noted")) == 1, "qrapd@noted")
+            machine.wait_for("started", lambda: told(machine, "noted").count("vm.ready") == 2, "qrapd@noted")
+            kill_qrapd(machine, "noted")
+            wait_for_adoptions(machine, "noted", 1)
+            machine.run("kill", "-TERM", str(pid_of(machine, "qrapd@noted", "qemu")), check=True)
+            machine.wait_for("words", lambda: len(last_words(machine, "noted")) == 2, "qrapd@noted")
+
+    def test_options_that_changed_while_qrapd_is_down(self, machine: Booted, guest: GuestImage) -> None:
+        """They hold from the adoption on, and the guest does not notice."""
+        drop_in(machine, "10", "RestartSec=2\n", "qrapd@moved")
+        with started(machine, "moved", guest) as file:
+            before, qemu = uptime(file.ports[0]), pid_of(machine, "qrapd@moved", "qemu")
+            kill_qrapd(machine, "moved")
+            port = free_port()
+            file.path.write_text(file.path.read_text().replace(f"/{file.ports[0]}:", f"/{port}:"))
+            wait_for_http(machine, port, "qrapd@moved")
+            assert before < uptime(port)
+            assert qemu == pid_of(machine, "qrapd@moved", "qemu")
+
+    def test_without_the_fd_store(self, machine: Booted, guest: GuestImage) -> None:
+        """/proc hides QEMU and passt, no pidfd tells who they are, and they are found all the same."""
+        drop_in(machine, "10", "FileDescriptorStoreMax=0\n", "qrapd@bereft")
+        with started(machine, "bereft", guest) as file:
+            before, qemu = uptime(file.ports[0]), pid_of(machine, "qrapd@bereft", "qemu")
+            kill_qrapd(machine, "bereft")
+            wait_for_adoptions(machine, "bereft", 1)
+            machine.wait_for("restored", lambda: "link.restored" in told(machine, "bereft"), "qrapd@bereft")
+            wait_for_http(machine, file.ports[0], "qrapd@bereft")
+            assert before < uptime(file.ports[0])
+            assert qemu == pid_of(machine, "qrapd@bereft", "qemu")
+            assert told(machine, "bereft").count("vm.started") == 1
+
+    def test_the_unit_of_before_and_its_successor(self, machine: Booted, guest: GuestImage) -> None:
+        """With the stream alone in the fd store, as a qrapd leaves it that keeps nothing else, nothing is lost."""
+        drop_in(machine, "10", "FileDescriptorStoreMax=1\n", "qrapd@older")
+        with started(machine, "older", guest) as file:
+            before, pids = uptime(file.ports[0]), all_pids(machine, "older")
+            kill_qrapd(machine, "older")
+            wait_for_adoptions(machine, "older", 1)
+            assert pids == all_pids(machine, "older")
+            assert "link.lost" not in told(machine, "older")
+            assert before < uptime(file.ports[0])
+
+    def test_an_adopted_passt_hangs(self, machine: Booted, guest: GuestImage) -> None:
+        """/proc tells nothing of it, and its parent is gone: that it does not read is what is left to see."""
+        with started(machine, "frozen", guest, link_lines="stall_timeout = 1") as file:
+            kill_qrapd(machine, "frozen")
+            wait_for_adoptions(machine, "frozen", 1)
+            machine.run("kill", "-STOP", str(pid_of(machine, "qrapd@frozen", "passt")), check=True)
+            machine.wait_for("restored", lambda: "link.restored" in told(machine, "frozen"), "qrapd@frozen")
+            wait_for_http(machine, file.ports[0], "qrapd@frozen")
+            (lost,) = machine.journal("QRAPD_VM=frozen", "QRAPD_EVENT=link.lost")
+            assert "stalled" == lost["QRAPD_REASON"]
 
     def test_a_passt_is_lost_while_qrapd_is_down(self, machine: Booted, guest: GuestImage) -> None:
         """Its link is healed at the adoption."""
@@ -434,6 +497,8 @@ class TestInSystemd:
     def test_an_upgrade(self, machine: Booted, guest: GuestImage) -> None:
         """`qrapd upgrade`, as root: the same process of systemd's, the same QEMU and passt."""
         with started(machine, "fresh", guest) as file, requests(file.ports[0]) as failures:
+            kill_qrapd(machine, "fresh")  # so that some of what is handed on has come from the fd store
+            wait_for_adoptions(machine, "fresh", 1)
             pids = machine.processes("qrapd@fresh").keys()
             command = (
                 "/usr/local/bin/qrapd",
@@ -443,9 +508,11 @@ class TestInSystemd:
                 "/run/qrapd",
             )
             machine.run(*command, check=True)
-            wait_for_adoptions(machine, "fresh", 1)
+            wait_for_adoptions(machine, "fresh", 2)
+            assert "link.lost" not in told(machine, "fresh")
             assert pids == machine.processes("qrapd@fresh").keys()
             assert [] == failures
+            assert "5" == machine.show("qrapd@fresh", "NFileDescriptorStore")
             machine.run("kill", "-KILL", str(pid_of(machine, "qrapd@fresh", "passt")), check=True)
             machine.wait_for("restored", lambda: "link.restored" in told(machine, "fresh"), "qrapd@fresh")
 

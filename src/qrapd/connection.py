@@ -51,15 +51,8 @@ class Connection:
     _since: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def adopt(cls, record: LinkRecord, end: socket.socket | None, program: str) -> Connection:
-        """What another supervisor has left: its passt, if that lives, and its stream, if it could be regained.
-
-        :param program: which passt it is, where it is one of qrapd's.
-        """
-        passt = None
-        if record.passt is not None:
-            with contextlib.suppress(ProcessLookupError):
-                passt = Passt.adopt(record.passt.pid, record.passt.start_time, program)
+    def adopt(cls, record: LinkRecord, end: socket.socket | None, passt: Passt | None) -> Connection:
+        """What another supervisor has left: its passt, if that lives, and its stream, if it could be regained."""
         held = end is not None
         if end is None:
             end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -22,11 +22,11 @@ from rich.text import Text
 
 from qrapd import binaries, plan, vm_files
 from qrapd.errors import ExitStatus, QemuFailed
+from qrapd.foreground import supervise
 from qrapd.guest import GuestImage, build_guest, default_cache
 from qrapd.lifecycle import Reason
 from qrapd.logs import Emit, LogFormat, Logs
 from qrapd.plan import Plan
-from qrapd.supervisor import supervise
 from qrapd.vm import Vm
 
 __all__ = ["show"]

@@ -17,7 +17,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
-def clean(raw: bytes) -> str:
+def clean(raw: bytes | bytearray) -> str:
     """One line as text: UTF-8 with replacement, without escape sequences and control characters but tab."""
     text = raw.decode("utf-8", errors="replace")
     if text.isascii() and text.isprintable():
@@ -28,33 +28,38 @@ def clean(raw: bytes) -> str:
 class LineSplitter:
     """Bytes in, whole lines out, however they come. A line longer than ``limit`` bytes is cut there.
 
-    The limit keeps memory bounded: the log may hold thousands of lines that wait for a slow reader.
+    The limit keeps memory bounded, as a guest may never end a line. Whole is what programs write on purpose, such as a
+    document of JSON: the journal takes entries of any length.
     """
 
-    def __init__(self, limit: int = 8 * 1024) -> None:
+    def __init__(self, limit: int = 128 * 1024) -> None:
         self._limit = limit
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> Iterator[str]:
         """The lines that ``chunk`` completes. Lines that hold nothing to show are left out."""
-        *lines, rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
-            yield from self._show_pieces(line)
+        self._rest += chunk  # a console comes in bits of a few bytes: not copied with each of them
+        if b"\n" in chunk:
+            *lines, rest = self._rest.split(b"\n")
+            self._rest = rest
+            for line in lines:
+                yield from self._show_pieces(line)
         # The last piece stays, even when it is full: the line may end there.
-        whole = max(0, len(rest) - 1) // self._limit * self._limit
-        yield from self._show_pieces(rest[:whole])
-        self._rest = rest[whole:]
+        if whole := max(0, len(self._rest) - 1) // self._limit * self._limit:
+            pieces = self._rest[:whole]
+            del self._rest[:whole]
+            yield from self._show_pieces(pieces)
 
     def finish(self) -> Iterator[str]:
         """What is left without a newline at the end."""
-        rest, self._rest = self._rest, b""
+        rest, self._rest = self._rest, bytearray()
         yield from self._show(rest)
 
-    def _show_pieces(self, line: bytes) -> Iterator[str]:
+    def _show_pieces(self, line: bytes | bytearray) -> Iterator[str]:
         for start in range(0, len(line), self._limit):
             yield from self._show(line[start : start + self._limit])
 
-    def _show(self, raw: bytes) -> Iterator[str]:
+    def _show(self, raw: bytes | bytearray) -> Iterator[str]:
         text = clean(raw.rstrip(b"\r"))
         if text.strip():
             yield text.rstrip()

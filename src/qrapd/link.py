@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,14 +27,16 @@ from qrapd.backoff import Backoff
 from qrapd.connection import Connection, acquire, watch_listeners
 from qrapd.errors import QmpFailed, QrapdError, Unavailable
 from qrapd.hub import HubPort
+from qrapd.left_behind import LeftLink, read_last_words
 from qrapd.link_lifecycle import Action, Event, State, advance
 from qrapd.logs import Emit
+from qrapd.passt import Passt
 from qrapd.plan import LinkPlan
 from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import LinkRecord, ProcessId
 from qrapd.stall import StallJudge, Verdict
 from qrapd.stream import HangUpWatch
-from qrapd.systemd import stored_name
+from qrapd.systemd import Keeper, output_name, passt_name, stored_name
 
 if TYPE_CHECKING:
     from qrapd.listeners import ListenerWatch
@@ -57,6 +60,15 @@ def _passts(plan: LinkPlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in _PASSTS}
 
 
+def _serving_plan(plan: LinkPlan, record: LinkRecord) -> LinkPlan:
+    """The plan by which a passt that was left had been started, as far as that is known."""
+    if record.argv:
+        return replace(plan, source="managed", passt=record.argv)
+    if record.argv is not None and plan.source != "probe" and record.socket is not None:
+        return replace(plan, source=record.socket, passt=())
+    return plan
+
+
 END_GRACE = 1.0
 """Seconds between QEMU's dropping a connection and its end that count as one and the same."""
 
@@ -67,16 +79,6 @@ PATIENCE_WITH_STRANGERS = 5
 def _refused_by_host(error: OSError) -> Unavailable:
     hint = "raise the limit with: ulimit -n 1024" if error.errno == errno.EMFILE else None
     return Unavailable(f"the host refused what a link needs: {error.strerror or error}", hint=hint)
-
-
-class Keeper(Protocol):
-    """Keeps fds for a supervisor that comes after this one."""
-
-    def store(self, name: str, fds: Sequence[int]) -> bool:
-        """Keep copies under a name."""
-
-    def forget(self, name: str) -> bool:
-        """Keep what has this name no more."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +184,26 @@ class Link:
             assert self._error is not None
             raise self._error
 
-    def adopt(self, record: LinkRecord, end: socket.socket | None, tasks: TaskGroup) -> None:
-        """Go on where another supervisor was; :meth:`heal_with` comes next.
-
-        :param end: its held stream, if that could be regained.
-        """
+    def adopt(self, left: LeftLink, tasks: TaskGroup) -> None:
+        """Go on where another supervisor was; :meth:`heal_with` comes next."""
         self._tasks = tasks
+        record = left.record
         self.generation = record.generation
-        self._serving_plan = self.plan
+        self._serving_plan = _serving_plan(self.plan, record)
+        if self.is_outdated:
+            self._fallback = self._serving_plan
         self._port.adopt(record.number, swapping=record.swapping)
-        program = self.plan.passt[0] if self.plan.passt else ""
-        connection = self._connection = self._take_over(record, end, program)
-        if record.passt is not None and connection.passt is None:
+        tell = partial(self._emit, "passt.output")
+        passt = None
+        if left.passt is not None:
+            program = (record.argv or self.plan.passt or ("",))[0]
+            passt = Passt.adopt(left.passt, program, tasks, lambda line: tell(line=line))
+        elif left.last_words is not None:
+            tasks.start_soon(read_last_words, left.last_words, tell)
+        connection = self._connection = self._take_over(record, left.end, passt)
+        if left.hidden:
+            loss = _Loss("requested", time.monotonic(), "its passt cannot be told from other processes")
+        elif record.passt is not None and passt is None:
             loss = _Loss("exited", time.monotonic(), "while there was no supervisor")
         elif record.swapping or not self._is_whole(connection):
             loss = _Loss("requested", time.monotonic(), "its stream could not be taken over")
@@ -204,8 +214,8 @@ class Link:
         self._loss = loss
         self._post(Event.ADOPTED_LOST)
 
-    def _take_over(self, record: LinkRecord, end: socket.socket | None, program: str) -> Connection:
-        return Connection.adopt(record, end, program)
+    def _take_over(self, record: LinkRecord, end: socket.socket | None, passt: Passt | None) -> Connection:
+        return Connection.adopt(record, end, passt)
 
     def _is_whole(self, connection: Connection) -> bool:
         """Whether all is there that the link needs to go on."""
@@ -225,6 +235,8 @@ class Link:
             passt_pid=connection.pid if connection else None,
             socket=connection.path if connection else None,
             inode=connection.stream.inode if connection else None,
+            mac=self.plan.mac,
+            argv=self._serving_plan.passt if self._serving_plan else None,
         )
 
     @property
@@ -232,13 +244,18 @@ class Link:
         """Whether nothing is under way that another supervisor could not go on with."""
         return self.state in {State.UP, State.WAITING, State.FAILED}
 
-    def stand_back(self) -> list[int]:
-        """Leave passt as it is, and what QEMU has; returns the fds that whoever comes next can use."""
+    def stand_back(self) -> dict[str, int]:
+        """Leave passt as it is, and what QEMU has; returns fds for whoever comes next, by the names of the fd store."""
         connection, self._connection = self._connection, None
         self._forget_listeners()
-        if connection is not None and connection.passt is not None:
+        if connection is None:
+            return {}
+        kept = {name: os.dup(fd) for name, fd in self._fds_to_keep(connection).items()}
+        if connection.passt is not None:
             connection.passt.let_go()
-        return [connection.stream.socket.detach()] if connection is not None and connection.held else []
+        if connection.held:
+            kept[stored_name(self.plan.index)] = connection.stream.socket.detach()
+        return kept
 
     def serve(self, listener: socket.socket) -> None:
         """Serve a QEMU that makes the connection itself, on a socket that is this link's from now on."""
@@ -251,6 +268,12 @@ class Link:
         """The VM is ready: from now on a lost passt is replaced."""
         self._qmp = qmp
         self._post(Event.VM_READY)
+        if self.state is State.UP and self._fallback is not None:
+            self._emit(
+                "link.notice",
+                notice="the file has changed while there was no supervisor: another passt comes up by its new options",
+            )
+            self.renew()
 
     @property
     def connected(self) -> bool:
@@ -273,7 +296,7 @@ class Link:
             self._judge = StallJudge(plan.stall_timeout)
         self.plan = replace(self.plan, **{name: getattr(plan, name) for name in _RELOADABLE})
         self.fell_back = False
-        if not (self.state in {State.WAITING, State.FAILED} or self._is_outdated()):
+        if not (self.state in {State.WAITING, State.FAILED} or self.is_outdated):
             return False
         if self.state is State.UP:
             # What comes next may be changed again before it has served: this is what has.
@@ -285,7 +308,8 @@ class Link:
         """Give up after so many attempts that have failed within ``window`` seconds."""
         self._backoff.limit, self._backoff.window = limit, window
 
-    def _is_outdated(self) -> bool:
+    @property
+    def is_outdated(self) -> bool:
         """Whether passt is another one than the plan wants, or its program has been upgraded."""
         if self._serving_plan is not None and _passts(self._serving_plan) != _passts(self.plan):
             return True
@@ -314,6 +338,18 @@ class Link:
             case Verdict.ANNOUNCE:
                 assert self._tasks is not None
                 self._tasks.start_soon(self._announce)
+
+    @property
+    def unread(self) -> tuple[int | None, int | None]:
+        """Bytes that wait in the stream: for passt, and for QEMU. None: there is no stream of ours to look at."""
+        connection = self._connection
+        if connection is None or not connection.held or self.plan.mode != "swap":
+            return None, None
+        try:
+            fd = connection.stream.fd
+            return vital_signs.unread_by_peer(fd), vital_signs.unread_by_us(fd)
+        except OSError:
+            return None, None
 
     async def _announce(self) -> None:
         """Have something written to passt, to see whether it reads."""
@@ -415,12 +451,21 @@ class Link:
     def _hold(self, connection: Connection) -> None:
         assert self._tasks is not None
         connection.watch(self._around.hang_ups, self._tasks, partial(self._note_hang_up, connection))
-        if self.plan.mode == "swap":
-            self._around.keeper.store(self._stored_name, [connection.stream.fd])
+        if self.plan.mode == "swap" and connection.held:
+            self._around.keeper.store(stored_name(self.plan.index), [connection.stream.fd])
+        self._keep_passt(connection)
 
-    @property
-    def _stored_name(self) -> str:
-        return stored_name(self.plan.index)
+    def _keep_passt(self, connection: Connection) -> None:
+        for name, fd in self._fds_to_keep(connection).items():
+            self._around.keeper.store(name, [fd])
+
+    def _fds_to_keep(self, connection: Connection) -> dict[str, int]:
+        """What tells the next supervisor who passt is, and what passt says meanwhile."""
+        name = passt_name(self.plan.index)
+        if connection.passt is None:
+            return {}
+        fds = {name: connection.passt.pidfd, output_name(name): connection.passt.output}
+        return {name: fd for name, fd in fds.items() if fd >= 0}
 
     def _fall_back(self, error: Unavailable) -> None:
         """A change of the file that does not work must not cost a guest the network that it had."""
@@ -451,6 +496,7 @@ class Link:
         assert self._connection is not None
         self.generation = FIRST_GENERATION
         self._serving_plan = self.plan
+        self._keep_passt(self._connection)
         self._emit(
             "link.connected",
             generation=self.generation,
@@ -545,7 +591,9 @@ class Link:
 
     async def _see_off(self, connection: Connection, *, kill: bool = False) -> None:
         self._around.hang_ups.remove(connection.stream)
-        self._around.keeper.forget(self._stored_name)
+        name = passt_name(self.plan.index)
+        for kept in (stored_name(self.plan.index), name, output_name(name)):
+            self._around.keeper.forget(kept)
         # A stream that we do not hold cannot be hung up: its passt would wait for ever.
         await connection.see_off(kill=kill or not connection.held)
         self._connection = None

@@ -4,6 +4,9 @@
 Writing never holds up the event loop. A terminal that is stopped with Ctrl-S, a pipe that nobody empties and
 a busy journald all block a writer for as long as they like, so one thread writes, from a bounded queue. When
 the queue is full, lines of guests and children go first, and how many went is said once there is room again.
+
+Into the journal they are limited beforehand (:mod:`qrapd.rate_limit`), or journald would drop qrapd's own together with
+theirs. A terminal or a pipe gets all that its reader takes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +27,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Protocol
 
 from qrapd.messages import EVENTS, OUTPUT_EVENTS, headline
+from qrapd.rate_limit import RateLimit
 
 
 @contextlib.contextmanager
@@ -50,6 +55,12 @@ LogFormat = Literal["auto", "journal", "json", "console"]
 OUTPUT_QUEUE = 2_000
 """Lines of guests and children that may wait to be written; beyond, they are dropped and counted."""
 
+OUTPUT_QUEUE_BYTES = 16 * 1024 * 1024
+"""The same by their length, as a line may be long (:mod:`qrapd.lines`)."""
+
+REPORT_SECONDS = 5.0
+"""So long after the first line that was left out it is said how many were: a flood lasts, and one word on it does."""
+
 OWN_QUEUE = 20_000
 """Lines of any kind that may wait; beyond, even qrapd's own are dropped and counted."""
 
@@ -68,7 +79,7 @@ _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 _COLOURS = {"warning": "33", "error": "31"}
 
 _Fields = MutableMapping[str, Any]
-_Rendered = tuple[tuple[Any, bool], dict[str, Any]]
+_Rendered = tuple[tuple[Any, int], dict[str, Any]]
 
 
 class Emit(Protocol):
@@ -94,7 +105,9 @@ class Logs:
         stream = stream or sys.stderr
         self.format = choose_format(os.environ, stream) if log_format == "auto" else log_format
         render, deliver, self._release = _outlet(self.format, stream, journal)
-        self._writer = _Writer(deliver, self._tell_dropped)
+        self._writer = _Writer(deliver, self._tell_dropped, self._tell_limited)
+        self._limit = RateLimit[tuple[str, str]]() if self.format == "journal" else None
+        self._limit_lock = threading.Lock()
         self._logger = structlog.wrap_logger(
             self._writer,
             processors=[
@@ -108,7 +121,28 @@ class Logs:
 
     def emit(self, event: str, /, **fields: object) -> None:
         """Tell one event; the :class:`Emit` of everything below."""
+        if self._limit is not None and event in OUTPUT_EVENTS and not self._admit(event, fields):
+            return
         getattr(self._logger, EVENTS[event].level)(event, **fields)
+
+    def _admit(self, event: str, fields: Mapping[str, object]) -> bool:
+        """Whether a line of others may go on: decided first, since a flood is to cost little."""
+        assert self._limit is not None
+        now = time.monotonic()
+        with self._limit_lock:
+            # By kind: what a guest writes too much of is not to cost the last words of its QEMU.
+            admitted = self._limit.admit((str(fields.get("vm")), event), _output_size(fields), now)
+        if not admitted:
+            self._writer.remind(now + REPORT_SECONDS)
+        return admitted
+
+    def _tell_limited(self) -> None:
+        if self._limit is None:
+            return
+        with self._limit_lock:
+            left_out = self._limit.take_left_out()
+        for (vm, event), count in left_out.items():
+            self.emit("log.limited", vm=vm, of=event, count=count)
 
     def _tell_dropped(self, count: int) -> None:
         self.emit("log.dropped", count=count)
@@ -119,6 +153,7 @@ class Logs:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._tell_limited()
         if self._writer.close():
             self._release()
 
@@ -141,27 +176,49 @@ def choose_format(environment: Mapping[str, str], stream: IO[str]) -> Literal["j
 class _Writer:
     """The logger that structlog ends in, and the thread that empties its queue."""
 
-    def __init__(self, deliver: Callable[[Any], None], tell_dropped: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        deliver: Callable[[Any], None],
+        tell_dropped: Callable[[int], None],
+        tell_limited: Callable[[], None],
+    ) -> None:
         self._deliver = deliver
         self._tell_dropped = tell_dropped
-        self._queue: collections.deque[Any] = collections.deque()
+        self._tell_limited = tell_limited
+        self._queue: collections.deque[tuple[Any, int]] = collections.deque()
         self._changed = threading.Condition()
+        self._output_bytes = 0
         self._dropped = 0
+        self._remind_at: float | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def msg(self, item: Any, output: bool) -> None:
+    def msg(self, item: Any, output_size: int) -> None:
+        """Queue a rendered event; ``output_size`` is the length of what others say, and 0 for qrapd's own."""
         with self._changed:
-            if len(self._queue) >= (OUTPUT_QUEUE if output else OWN_QUEUE):
+            if len(self._queue) >= (OUTPUT_QUEUE if output_size else OWN_QUEUE) or (
+                output_size and self._output_bytes + output_size > OUTPUT_QUEUE_BYTES
+            ):
                 self._dropped += 1
                 return
-            self._queue.append(item)
-            self._changed.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-                self._thread.start()
+            self._queue.append((item, output_size))
+            self._output_bytes += output_size
+            self._wake()
 
     debug = info = warning = error = msg
+
+    def remind(self, at: float) -> None:
+        """Have it told at this time, by the monotonic clock, how many lines were left out; the first call counts."""
+        if self._remind_at is None:  # in a flood this comes very often
+            with self._changed:
+                self._remind_at = at
+                self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+            self._thread.start()
 
     def close(self) -> bool:
         """Whether all is written, and nothing more will be."""
@@ -178,30 +235,44 @@ class _Writer:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             with self._changed:
-                while not self._queue and not self._closing:
-                    self._changed.wait()
-                if not self._queue:
+                while not self._queue and not self._closing and (wait := self._until_reminder()) != 0:
+                    self._changed.wait(wait)
+                if remind := self._until_reminder() == 0:
+                    self._remind_at = None
+                elif not self._queue:
                     return
-                item = self._queue.popleft()
+                item, output_size = self._queue.popleft() if self._queue else (None, 0)
+                self._output_bytes -= output_size
                 emptied = not self._queue
                 dropped = self._dropped if emptied else 0
                 if emptied:
                     self._dropped = 0
             # A reader that went away must not take the supervisor with it.
             with contextlib.suppress(OSError):
-                self._deliver(item)
+                if item is not None:
+                    self._deliver(item)
             if dropped:
                 self._tell_dropped(dropped)
+            if remind:
+                self._tell_limited()
+
+    def _until_reminder(self) -> float | None:
+        return None if self._remind_at is None else max(0.0, self._remind_at - time.monotonic())
 
 
 def _mark_output(render: Callable[[_Fields], Any]) -> Callable[[Any, str, _Fields], _Rendered]:
     """The last processor: its result becomes the arguments of :meth:`_Writer.msg`."""
 
     def last(_logger: Any, _method: str, fields: _Fields) -> _Rendered:
-        output = fields["event"] in OUTPUT_EVENTS
-        return (render(fields), output), {}
+        size = _output_size(fields) if fields["event"] in OUTPUT_EVENTS else 0
+        return (render(fields), size), {}
 
     return last
+
+
+def _output_size(fields: Mapping[str, object]) -> int:
+    """How long a line of others is; an empty one counts, too."""
+    return max(1, len(str(fields.get("line", ""))))
 
 
 def _outlet(

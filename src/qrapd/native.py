@@ -23,12 +23,13 @@ import anyio
 from anyio.abc import TaskGroup
 
 from qrapd.errors import QmpFailed
+from qrapd.left_behind import LeftLink
 from qrapd.link import Link, LinkState
 from qrapd.link_modes import nic_netdev_id
 from qrapd.plan import LinkPlan
 from qrapd.process import start_time
 from qrapd.qemu_arguments import FIRST_GENERATION
-from qrapd.record import LinkRecord, ProcessId
+from qrapd.record import ProcessId
 
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
@@ -85,13 +86,15 @@ class NativeLink(Link):
         self._tasks = tasks
         self.state = LinkState.CONNECTED
 
-    def adopt(self, record: LinkRecord, end: socket.socket | None, tasks: TaskGroup) -> None:
+    def adopt(self, left: LeftLink, tasks: TaskGroup) -> None:
         """Go on watching."""
-        if end is not None:
-            end.close()
+        if left.end is not None:
+            left.end.close()
+        if left.passt is not None:
+            left.passt.close()
         self._tasks = tasks
-        self.generation = record.generation
-        self._left_with = record.passt
+        self.generation = left.record.generation
+        self._left_with = left.record.passt
         self._lost_at = time.monotonic()
         self.state = LinkState.CONNECTED
 

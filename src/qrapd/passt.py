@@ -151,14 +151,27 @@ class Passt:
         return status
 
     @classmethod
-    def adopt(cls, pid: int, started: int, program: str) -> Passt:
-        """Take over one that another qrapd has started; what it writes goes nowhere.
+    def adopt(cls, process: Process, program: str, tasks: TaskGroup, tell: Callable[[str], None]) -> Passt:
+        """Take over one that another qrapd has started.
 
-        :raise ProcessLookupError: it has ended.
+        :param tasks: where the task runs that hands each line of output to ``tell``, if its output was kept.
         """
-        passt = cls(Process.adopt(pid, started), Path(program))
-        passt._silent.set()
+        passt = cls(process, Path(program))
+        if process.output >= 0:
+            tasks.start_soon(passt._listen, tell)
+        else:
+            passt._silent.set()
         return passt
+
+    @property
+    def pidfd(self) -> int:
+        """Names this process and never another one."""
+        return self._process.pidfd
+
+    @property
+    def output(self) -> int:
+        """The read end of what it writes; -1: there is none."""
+        return self._process.output
 
     def let_go(self) -> None:
         """Let it run on for another qrapd."""
@@ -171,6 +184,7 @@ class Passt:
                     self.words.append(line)
                     tell(line)
         finally:
+            self._process.output = -1  # closed: nobody is to be given it
             self._silent.set()
 
     def explain_end(self, status: ExitStatus) -> Unavailable:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from qrapd import binaries
 from qrapd.config import Link, Restart, VmConfiguration, VmFile, chooses_accelerator
@@ -16,7 +17,7 @@ from qrapd.hub_mtu import check_mtu, limit_mtu
 from qrapd.link_modes import Installed, check_mode
 from qrapd.passt_options import check_against_help, read_help
 from qrapd.passt_options import command_line as passt_command_line
-from qrapd.qemu_arguments import Endpoints, command_line, nic_id
+from qrapd.qemu_arguments import Endpoints, command_line, nic_id, sandbox
 from qrapd.runtime_directory import SUN_PATH_MAX
 from qrapd.vital_signs import ListenAddress, listen_addresses
 
@@ -48,8 +49,7 @@ class LinkPlan:
     """where a managed passt listens"""
     guest_addresses: tuple[str, ...] = ()
     """of a guest that does not use its lease"""
-    mode: str = "swap"
-    """``swap``, ``vhost-user`` or ``native``"""
+    mode: Literal["swap", "vhost-user", "native"] = "swap"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Plan:
     """whether a VM that has ended is started again; its limits hold for a lost passt, too"""
     file: VmFile | None = None
     """what it was made from"""
+    path: Path | None = None
+    """where that is"""
     console: bool = True
     """whether the guest's first serial port is read"""
     kvm: bool = False
@@ -83,7 +85,7 @@ class Plan:
 
 
 def resolve(configuration: VmConfiguration) -> Plan:
-    """Settle everything that depends on the host; starts nothing but ``passt --help``.
+    """Settle everything that depends on the host; starts nothing but programs that tell what they can do.
 
     :raise ConfigurationError: the file asks for what this qrapd or this passt cannot do.
     :raise Unavailable: a program or the working directory is not there.
@@ -118,7 +120,15 @@ def resolve(configuration: VmConfiguration) -> Plan:
     return Plan(
         name=configuration.name,
         qemu=qemu,
-        command_line=partial(command_line, configuration, qemu, kvm=kvm, passts=_native_passts(links)),
+        command_line=partial(
+            command_line,
+            configuration,
+            qemu,
+            kvm=kvm,
+            passts=_native_passts(links),
+            # Asked only where it matters: that may take a process.
+            seccomp=bool(sandbox(configuration)) and binaries.qemu_has_sandbox(qemu),
+        ),
         directory=configuration.directory,
         passt_directory=configuration.path.parent,
         links=links,
@@ -127,6 +137,7 @@ def resolve(configuration: VmConfiguration) -> Plan:
         console=configuration.qemu.console != "none",
         kvm=kvm,
         file=configuration.file,
+        path=configuration.path,
         restart=configuration.restart,
     )
 

@@ -26,12 +26,30 @@ import anyio.lowlevel
 from qrapd.errors import Unavailable
 from qrapd.lines import LineSplitter
 
-__all__ = ["ExitStatus", "Process", "cannot_run", "read_lines", "spawn", "start_time"]
+__all__ = [
+    "ExitStatus",
+    "Hidden",
+    "Process",
+    "cannot_run",
+    "has_ended",
+    "open_pidfd",
+    "pid_of",
+    "read_lines",
+    "spawn",
+    "start_time",
+]
 
 _PIPE_SIZE = 256 * 1024
 """Bytes; room for a burst of output while the event loop is busy. pipe(7): at most 1 MiB without privilege."""
 
 _READ_SIZE = 64 * 1024
+
+
+class Hidden(ProcessLookupError):
+    """There is such a process, and /proc does not show it to us: proc(5), hidepid; systemd.exec(5), ProtectProc=.
+
+    Those are hidden that may not be traced: what is not dumpable, as passt, or in another user namespace.
+    """
 
 
 _SIGNALS_OF_A_CRASH = frozenset(
@@ -88,7 +106,8 @@ class ExitStatus:
 class Process:
     """A running process: a child, or one that another qrapd has left. Both are watched by pidfd.
 
-    :ivar output: the read end of a child's stdout and stderr, for :func:`read_lines`; -1 for one that was adopted.
+    :ivar start_time: clock ticks since boot, to tell it from a later one with the same pid; 0: not known.
+    :ivar output: the read end of its stdout and stderr, for :func:`read_lines`; -1 where that is not to be had.
     """
 
     def __init__(self, pid: int, pidfd: int, started: int, output: int) -> None:
@@ -98,20 +117,29 @@ class Process:
         self._pidfd = pidfd
 
     @classmethod
-    def adopt(cls, pid: int, started: int) -> Process:
+    def adopt(cls, pid: int, started: int, *, pidfd: int | None = None, output: int | None = None) -> Process:
         """Take over a process by its pid and start time, which together name it for good.
 
-        :raise ProcessLookupError: it has ended.
+        :param pidfd: a pidfd of it, which proves who it is by itself; belongs to the process from now on.
+        :param output: the read end of its output, if it was kept.
+        :raise Hidden: without a pidfd, who has the pid cannot be told.
+        :raise ProcessLookupError: without a pidfd, it has ended.
         """
-        pidfd = os.pidfd_open(pid)
-        try:
-            # The pid may have become another's before the pidfd was made: then the start time is another, too.
-            if start_time(pid) != started:
-                raise ProcessLookupError(pid)
-        except BaseException:
-            os.close(pidfd)
-            raise
-        return _Adopted(pid, pidfd, started)
+        if pidfd is None:
+            pidfd = open_pidfd(pid)
+            try:
+                # The pid may have become another's before the pidfd was made: then the start time is another, too.
+                if start_time(pid) != started:
+                    raise ProcessLookupError(pid)
+            except BaseException:
+                os.close(pidfd)
+                raise
+        return _Adopted(pid, pidfd, started, -1 if output is None else output)
+
+    @property
+    def pidfd(self) -> int:
+        """Names this process and never another one; -1 once it is closed."""
+        return self._pidfd
 
     @property
     def alive(self) -> bool:
@@ -161,11 +189,13 @@ class _Child(Process):
     """A process that was started here."""
 
     def __init__(self, child: asyncio.subprocess.Process, output: int) -> None:
-        try:
-            started, pidfd = start_time(child.pid), os.pidfd_open(child.pid)
-        except ProcessLookupError:
-            # It has ended in the meantime, and asyncio may have collected it: its pid can be anyone's by now.
-            started, pidfd = 0, -1
+        started, pidfd = 0, -1
+        # If asyncio has collected it in the meantime, its pid can be anyone's by now.
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = open_pidfd(child.pid)
+                # A passt that was quick to shut itself in may be hidden already (ProtectProc=): it runs all the same.
+                started = start_time(child.pid)
         super().__init__(child.pid, pidfd, started, output)
         self._child = child
 
@@ -190,15 +220,15 @@ class _Adopted(Process):
     How it ends is known only in the latter case, where it is still a child.
     """
 
-    def __init__(self, pid: int, pidfd: int, started: int) -> None:
-        super().__init__(pid, pidfd, started, -1)
+    def __init__(self, pid: int, pidfd: int, started: int, output: int) -> None:
+        super().__init__(pid, pidfd, started, output)
         self._status: ExitStatus | None = None
         self._ended = anyio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def alive(self) -> bool:
-        if self._status is None and select.select([self._pidfd], [], [], 0)[0]:
+        if self._status is None and has_ended(self._pidfd):
             self._collect()
         return self._status is None
 
@@ -321,16 +351,58 @@ def start_time(pid: int) -> int:
 
     proc_pid_stat(5), fields 3 and 22. The second field is the program's name: any bytes, parentheses among them.
 
+    :raise Hidden: there is one, and /proc does not show it.
     :raise ProcessLookupError: there is no such process, or it has ended and nobody has collected it yet.
     """
+    path = Path(f"/proc/{pid}/stat")
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except FileNotFoundError:
-        raise ProcessLookupError(pid) from None
+        stat = path.read_bytes()
+    except (FileNotFoundError, PermissionError):
+        pidfd = open_pidfd(pid)
+        try:
+            # While this process lives nobody else has its pid: if it is not hidden, it is to be seen now.
+            stat = path.read_bytes()
+        except (FileNotFoundError, PermissionError):
+            raise (ProcessLookupError if has_ended(pidfd) else Hidden)(pid) from None
+        finally:
+            os.close(pidfd)
     state, *numbers = stat.rpartition(b")")[2].split()
     if state in {b"Z", b"X"}:
         raise ProcessLookupError(pid)
     return int(numbers[18])
+
+
+def open_pidfd(pid: int) -> int:
+    """A pidfd of the process that has this pid now.
+
+    :raise ProcessLookupError: there is none.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        # A pid that is only a thread's by now: EINVAL, and ENOENT in newer kernels (pidfd_open(2)).
+        if error.errno in {errno.EINVAL, errno.ENOENT}:
+            raise ProcessLookupError(pid) from None
+        raise
+
+
+def pid_of(pidfd: int) -> int:
+    """Which process a pidfd names: a pid, -1 if that process is gone, 0 if this is no pidfd.
+
+    proc_pid_fdinfo(5). One's own fds are shown whatever /proc hides.
+    """
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Pid":
+            return int(value)
+    return 0
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process that a pidfd names has ended, collected or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _watch_children_by_pidfd() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskGroup
 
+from qrapd.console import Console
 from qrapd.errors import QemuFailed
 from qrapd.plan import Plan
 from qrapd.process import ExitStatus, Process, cannot_run, read_lines, spawn
@@ -47,6 +49,8 @@ class Qemu:
         self.monitor = monitor
         self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
         self._console = console
+        self.console: Console | None = None
+        """the guest's serial console, from :meth:`listen` on; None where it is not qrapd's business"""
         self._plan = plan
         self._drained: list[anyio.Event] = []
 
@@ -93,13 +97,11 @@ class Qemu:
         return cls(plan, process, monitor, console, link_listeners)
 
     @classmethod
-    def adopt(cls, plan: Plan, directory: VmDirectory, pid: int, started: int) -> Qemu:
+    def adopt(cls, plan: Plan, directory: VmDirectory, process: Process) -> Qemu:
         """Take over a QEMU that another supervisor has left, by the sockets that it listens on.
 
-        :raise ProcessLookupError: it has ended.
-        :raise OSError: it does not listen there.
+        :raise OSError: it does not listen there, and the process is closed.
         """
-        process = Process.adopt(pid, started)
         try:
             monitor = _connect_to(str(directory.socket_path("qmp.sock")))
             console = None
@@ -123,7 +125,9 @@ class Qemu:
         if self.process.output >= 0:
             self._hand_on(tasks, self.process.output, remember)
         if self._console is not None:
-            self._hand_on(tasks, self._console.detach(), tell_console)
+            self.console = Console(self._console, tell_console)
+            self._drained.append(self.console.drained)
+            tasks.start_soon(self.console.run)
 
     def _hand_on(self, tasks: TaskGroup, fd: int, tell: Callable[[str], None]) -> None:
         self._drained.append(anyio.Event())
@@ -134,6 +138,8 @@ class Qemu:
             async for line in read_lines(fd):
                 tell(line)
         finally:
+            if fd == self.process.output:
+                self.process.output = -1  # closed: nobody is to be given it
             drained.set()
 
     async def wait(self) -> ExitStatus:
@@ -179,6 +185,13 @@ def _suggest(words: str, status: ExitStatus, plan: Plan) -> str | None:
         return "another QEMU has this disk open: see who it is with `fuser -v FILE`"
     if "KVM" in words or "kvm" in words:
         return "see what is in KVM's way with `qrapd doctor`, or let QEMU emulate the processor (tcg)"
+    if "option group 'sandbox'" in words or "seccomp" in words:
+        return "this kernel or container allows no filter of system calls: write sandbox = false in [qemu]"
+    if status.signal == signal.SIGSYS:
+        return (
+            "its filter of system calls ended it: if it has to start programs or to change its user, "
+            "write sandbox = false in [qemu]"
+        )
     if status.signal is not None:
         return "see `journalctl -k` for the kernel's reason (out of memory?), or who sent the signal"
     return None

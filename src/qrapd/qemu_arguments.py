@@ -12,15 +12,16 @@ hub.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qrapd.config import Link, VmConfiguration, chooses_accelerator
+from qrapd.config import Link, VmConfiguration, chooses_accelerator, option_name
 from qrapd.guest_memory import shared_memory
 from qrapd.hub_mtu import device_property
 from qrapd.link_modes import native_netdev, nic_netdev_id, vhost_user_netdev
 
-__all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor", "nic_id", "stream_ids"]
+__all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor", "nic_id", "sandbox", "stream_ids"]
 
 FIRST_GENERATION = 1
 
@@ -62,15 +63,18 @@ def command_line(
     *,
     kvm: bool,
     passts: Mapping[int, Sequence[str]] | None = None,
+    seccomp: bool = False,
 ) -> list[str]:
     """The whole argv.
 
     :param kvm: what ``accel = "auto"`` comes to on this host.
     :param passts: program and options of the passts that QEMU is to run itself, by the native links' indices.
+    :param seccomp: whether this QEMU has a -sandbox.
     """
     return [
         binary,
         *("-name", f"guest={configuration.name}"),
+        *(sandbox(configuration) if seccomp else ()),
         *_accelerator(configuration, kvm=kvm),
         # No window and no VNC server that nobody asked for; a later -display or -vnc of the user's wins.
         *("-display", "none"),
@@ -89,6 +93,81 @@ def _accelerator(configuration: VmConfiguration, *, kvm: bool) -> Iterator[str]:
     if accel == "auto":
         accel = "kvm" if kvm else "tcg"
     yield from ("-accel", accel)
+
+
+# --- QEMU's sandbox -----------------------------------------------------------------------------------
+
+_USER_OPTIONS = {"-runas": "", "-run-with": r"(?:^|,)user="}
+"""Options that make QEMU change its user, and what their values then hold."""
+
+_WINDOWLESS = ("none", "vnc", "curses", "egl-headless", "dbus")
+"""Values of -display. gtk, sdl and spice-app make windows, and desktop libraries start programs as they like."""
+
+
+def sandbox(configuration: VmConfiguration) -> list[str]:
+    """QEMU's arguments for a filter of its system calls that fits the VM; none where none does.
+
+    Where the filter is broken, QEMU 7.2 is killed by SIGSYS, and 10.0 and 11.1 get EPERM from a fork (measured).
+    """
+    args = configuration.qemu.args
+    if not configuration.qemu.sandbox or any(option_name(each) == "-sandbox" for each in args):
+        return []
+    # A program that QEMU starts has QEMU's filter, and even the plain one forbids mount(), which passt cannot do
+    # without: passt dies of SIGSYS (11.1: measured). Nor do set-user-ID programs work below it, as no_new_privs is set.
+    if any(link.mode == "native" for link in configuration.links) or _starts_programs(args):
+        return []
+    changes_user = any(
+        name in _USER_OPTIONS and re.search(_USER_OPTIONS[name], value) for name, value in _with_values(args)
+    )
+    privileges = "allow" if changes_user else "deny"
+    rules = f"on,obsolete=deny,elevateprivileges={privileges},spawn=deny,resourcecontrol=deny"
+    return ["-sandbox", rules]
+
+
+def _with_values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each option's name, and what follows it."""
+    for index, argument in enumerate(args):
+        if (name := option_name(argument)) is not None:
+            yield name, args[index + 1] if index + 1 < len(args) else ""
+
+
+def _starts_programs(args: Sequence[str]) -> bool:
+    """Whether QEMU's arguments want it to fork or to start programs, by itself or by a library of a desktop."""
+    for name, value in _with_values(args):
+        match name:
+            case "-netdev" | "-nic" | "-net":
+                starts = _netdev_starts_programs(value)
+            case "-incoming":
+                starts = value.startswith("exec:") or '"exec"' in value
+            case "-async-teardown":
+                starts = True  # a fork frees the guest's memory in the end
+            case "-run-with":
+                starts = "async-teardown=on" in value
+            case "-display":
+                starts = _kind(value) not in _WINDOWLESS
+            case _:
+                starts = False
+        if starts:
+            return True
+    return False
+
+
+def _kind(value: str) -> str:
+    """The type of a display or a network, which may be written as JSON."""
+    match = re.match(r'\s*\{.*?"type"\s*:\s*"([^"]*)"|(?:type=)?([^,=]*)', value, re.DOTALL)
+    return (match[1] or match[2] or "") if match else ""
+
+
+def _netdev_starts_programs(value: str) -> bool:
+    match _kind(value):
+        case "bridge" | "passt":
+            return True
+        case "tap":
+            # It runs /etc/qemu-ifup and -ifdown, unless it is told not to or given an open device.
+            without = re.findall(r'\b(?:down)?script"?\s*[=:]\s*"?no\b', value)
+            return len(without) < 2 and re.search(r'\bfds?"?\s*[=:]', value) is None
+        case _:
+            return re.search(r"\bsmb\b|\bcmd:", value) is not None  # of type user
 
 
 def monitor(name: str, fd: int | str) -> Iterator[str]:

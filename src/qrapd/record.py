@@ -11,9 +11,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from qrapd.process import start_time
+from qrapd.process import Hidden, start_time
 
 __all__ = ["LinkRecord", "ProcessId", "Record", "Unusable", "read", "write"]
 
@@ -30,12 +30,15 @@ class ProcessId:
 
     pid: int
     start_time: int
+    """0: it was hidden from the first"""
 
     @property
     def alive(self) -> bool:
-        """Whether exactly this process still runs."""
+        """Whether exactly this process still runs. One that /proc hides does, for all that can be known."""
         try:
             return start_time(self.pid) == self.start_time
+        except Hidden:
+            return True
         except ProcessLookupError:
             return False
 
@@ -50,7 +53,7 @@ class LinkRecord:
     """One link of it."""
 
     index: int
-    mode: str
+    mode: Literal["swap", "vhost-user", "native"]
     generation: int
     number: int
     """of the streams that QEMU was given for it: names its port in QEMU"""
@@ -64,6 +67,10 @@ class LinkRecord:
     """the path of a passt's that is not qrapd's"""
     inode: int | None = None
     """of QEMU's end of the stream, by which it is found again in QEMU"""
+    mac: str | None = None
+    """the guest's"""
+    argv: tuple[str, ...] | None = None
+    """program and options by which passt was started; None: not known"""
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,20 @@ def read(path: Path) -> Record | None:
             raise Unusable(f"{path} is of version {version!r}, and this qrapd writes version {VERSION}")
         return Record(
             qemu=ProcessId(**data["qemu"]),
-            links=tuple(LinkRecord(**{**link, "passt": _process(link["passt"])}) for link in data["links"]),
+            links=tuple(_link(link) for link in data["links"]),
             supervisor=_process(data["supervisor"]),
         )
     except Unusable:
         raise
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Unusable(f"{path} is damaged") from None
+
+
+def _link(data: dict[str, Any]) -> LinkRecord:
+    argv = data.get("argv")
+    return LinkRecord(
+        **{**data, "passt": _process(data["passt"]), "argv": None if argv is None else tuple(argv)}
+    )
 
 
 def _process(data: dict[str, Any] | None) -> ProcessId | None:

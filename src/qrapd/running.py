@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 from qrapd.errors import Unavailable
-from qrapd.process import start_time
+from qrapd.process import Hidden, start_time
 from qrapd.record import ProcessId
 from qrapd.runtime_directory import VmDirectory
 
@@ -26,7 +26,10 @@ def find_supervisor(base: Path, name: str) -> ProcessId:
     try:
         pid = directory.supervisor_pid()
         if pid is not None:
-            return ProcessId(pid, start_time(pid))
+            try:
+                return ProcessId(pid, start_time(pid))
+            except Hidden:
+                return ProcessId(pid, 0)  # it holds the lock, which is proof enough
     except PermissionError:
         raise Unavailable(
             f"the directory {directory.path} of the VM {name} is closed to this user",

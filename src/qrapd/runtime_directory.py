@@ -106,14 +106,14 @@ class VmDirectory:
                 return False
         return True
 
-    def listen(self, name: str) -> socket.socket:
-        """A listening socket, to be handed to QEMU by fd: whoever connects from now on waits, but is not refused."""
+    def listen(self, name: str, backlog: int = 1) -> socket.socket:
+        """A listening socket: whoever connects from now on waits, but is not refused."""
         path = self.socket_path(name)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             listener.bind(str(path))
-            listener.listen(1)
+            listener.listen(backlog)
         except OSError as error:
             listener.close()
             raise Unavailable(f"cannot listen on {path}: {error.strerror}") from error

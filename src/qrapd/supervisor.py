@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One VM in the foreground: its runtime directory, the signals that reach qrapd, and the VM between them.
+"""One VM through all its runs: claimed, adopted or started, started again if its file wants that, reloaded meanwhile.
 
-The VM may be started several times (the table [restart]), and its file may be read again while it runs (SIGHUP).
+Who asks for what is not known here: signals (:mod:`qrapd.foreground`), or callers of an API.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,14 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-from anyio.abc import TaskGroup
 
+from qrapd import config, forwards
+from qrapd import plan as planning
 from qrapd.backoff import Backoff
-from qrapd.errors import ConfigurationError, QemuFailed, QrapdError
+from qrapd.config import VmFile
+from qrapd.errors import ConfigurationError, Conflict, QemuFailed, QrapdError
+from qrapd.forwards import Forward
+from qrapd.handover import HandedOver
 from qrapd.left_behind import Left, look_for_left
 from qrapd.lifecycle import Reason
 from qrapd.logs import Emit
@@ -29,132 +30,176 @@ from qrapd.plan import Plan
 from qrapd.reload import Changes, compare
 from qrapd.restart import is_wanted
 from qrapd.runtime_directory import VmDirectory
-from qrapd.systemd import Notifier, Reporter
+from qrapd.systemd import Keeper
 from qrapd.vm import Outcome, Vm
 
-__all__ = ["supervise"]
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
-
-STOP_MARGIN = 15.0
-"""Seconds beyond the VM's own timeouts that a stop may take: a busy host, and the passts' end."""
+__all__ = ["Companion", "Supervisor", "tell_failure"]
 
 Companion = Callable[[Vm], Coroutine[Any, Any, None]]
 
+_OTHER_NIC = (
+    "the machine that runs has another NIC here than the file now wants: that takes a restart of the VM"
+)
 
-async def supervise(
-    plan: Plan,
-    base: Path,
-    emit: Emit,
-    *,
-    reread: Callable[[], Plan] | None = None,
-    companion: Companion | None = None,
-    notifier: Notifier | None = None,
-    watchdog: float | None = None,
-    streams: Mapping[int, int] | None = None,
-    only_left: bool = False,
-) -> Outcome:
-    """Run a VM until it ends for good. SIGTERM or SIGINT end it in order; each further one takes the next step.
+
+class Supervisor:
+    """Runs one VM. Make it, await :meth:`run`, and call the others from other tasks.
 
     :param base: the runtime directory, above the VM's own.
-    :param reread: makes the plan anew from the VM's file, on SIGHUP; runs in a thread.
-    :param companion: runs beside the VM for as long as both like.
-    :param notifier: tells the service manager.
-    :param watchdog: seconds between two signs of life to it.
-    :param streams: held streams that an earlier supervisor has had kept, as fds by the links' indices.
+    :param reread: makes the plan anew from the VM's file; runs in a thread.
+    :param keeper: keeps fds for the supervisor that comes after this one.
+    :param handed: the fds that an earlier supervisor has had kept.
     :param only_left: do nothing if no VM was left running.
-    :raise QrapdError: the VM could not start, or ended badly.
     """
-    _collect_garbage()
-    directory = VmDirectory(base, plan.name)
-    # Signals first: from here on none can end qrapd between two steps and leave something behind.
-    with _receive_signals() as signals, directory.claim():
-        notifier = notifier or Notifier(None)
-        reporter = Reporter(notifier, plan.powerdown_timeout + 2 * plan.quit_timeout + STOP_MARGIN)
-
-        def tell(event: str, /, **fields: object) -> None:
-            emit(event, **fields)
-            reporter.note(event, **fields)
-
-        left = await look_for_left(directory, streams or {}, tell, notifier)
-        if left is None and only_left:
-            return Outcome(Reason.REQUEST)
-        supervisor = _Supervisor(plan, directory, tell, reread, notifier, reporter, left)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(supervisor.obey, signals, tasks)
-            if watchdog is not None:
-                tasks.start_soon(_be_alive, notifier, watchdog)
-            outcome = await supervisor.run(companion)
-            tasks.cancel_scope.cancel()
-        if outcome.stood_back:
-            directory.leave_as_it_is()
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome
-
-
-async def _wait_and_cancel(event: anyio.Event, scope: anyio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
-
-
-async def _be_alive(notifier: Notifier, seconds: float) -> None:
-    """From the loop that does the work: a thread would go on when that hangs."""
-    while True:
-        notifier.tell(WATCHDOG=1)
-        await anyio.sleep(seconds)
-
-
-class _Supervisor:
-    """Starts the VM, and again where its file wants that; applies what has changed in the file."""
 
     def __init__(
         self,
         plan: Plan,
-        directory: VmDirectory,
+        base: Path,
         emit: Emit,
-        reread: Callable[[], Plan] | None,
-        notifier: Notifier,
-        reporter: Reporter,
-        left: Left | None,
+        *,
+        keeper: Keeper,
+        reread: Callable[[], Plan] | None = None,
+        handed: HandedOver | None = None,
+        only_left: bool = False,
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         """by which the VM is started next time"""
-        self._directory = directory
+        self.directory = VmDirectory(base, plan.name)
+        self.vm: Vm | None = None
+        """the run that there is, or was last"""
         self._emit: Emit = partial(emit, vm=plan.name)
         self._tell = emit
+        self._keeper = keeper
         self._reread = reread
+        self._handed = handed or HandedOver()
+        self._only_left = only_left
         self._reloading = anyio.Lock()
         self._stopped = anyio.Event()
         self._backoff = Backoff(plan.restart.limit, plan.restart.window)
         self._renewed = anyio.Event()
         """set when there is another Vm"""
-        self._notifier = notifier
-        self._reporter = reporter
-        self._vm = Vm(plan, directory, emit, keeper=notifier, left=left)
+        self._again = False
+        self._hurry = anyio.Event()
+        self._leaving = False
         self._file = plan.file
         """as it was read last"""
 
-    async def obey(self, signals: AsyncIterator[signal.Signals], tasks: TaskGroup) -> None:
-        """Do what the signals say."""
-        async for number in signals:
-            if number == signal.SIGHUP:
-                tasks.start_soon(self._reload)
-            elif number == signal.SIGUSR2:
-                tasks.start_soon(self._leave)
-            else:
-                self._stopped.set()
-                self._vm.stop()
+    # --- from outside ---------------------------------------------------------------------------------
 
-    async def run(self, companion: Companion | None) -> Outcome:
-        """Run the VM, and again for as long as its file wants that."""
+    def stop(self) -> None:
+        """Ask for an orderly end; asked again, take the next, rougher step at once."""
+        self._again = False
+        self._stopped.set()
+        if self.vm is not None:
+            self.vm.stop()
+
+    def kill(self) -> None:
+        """End the VM at once, without asking the guest."""
+        self._again = False
+        self._stopped.set()
+        if self.vm is not None:
+            self.vm.kill()
+
+    def restart(self) -> None:
+        """Stop the VM in order, and start it by its file as that is then."""
+        if self._stopped.is_set():
+            return
+        self._again = True
+        self._hurry.set()
+        if self.vm is not None:
+            self.vm.stop()
+
+    async def leave(self) -> None:
+        """Let the VM be for another qrapd to adopt, as soon as nothing is under way."""
+        async with self._reloading:
+            self._leaving = True
+            self._hurry.set()
+            if (vm := await self.wait_until_ready()) is not None:
+                await vm.leave()
+
+    async def reload(self) -> None:
+        """Read the file again and apply what can be applied to a machine that runs.
+
+        :raise QrapdError: the file is wrong, or there is none; all stays as it is. The log says so as well.
+        """
+        try:
+            async with self._reloading:
+                await self._apply(await self.read_file())
+        except QrapdError as error:
+            self._refuse(error)
+            raise
+
+    @property
+    def file(self) -> VmFile:
+        """What the VM goes by now.
+
+        :raise Conflict: it was started from a command line, which has none.
+        """
+        if self._file is None:
+            raise Conflict("this VM was started from a command line, not by a file")
+        return self._file
+
+    def differs(self, plan: Plan) -> bool:
+        """Whether another plan changes anything, or a passt has been upgraded."""
+        links = self.vm.links if self.vm is not None else []
+        there = (self.plan.file, self.plan.links)
+        return (plan.file, plan.links) != there or any(link.is_outdated for link in links)
+
+    async def change_forwards(self, link: int, add: Iterable[Forward], remove: Iterable[Forward]) -> VmFile:
+        """Forward other ports from now on, until the VM ends or its file is read again. Returns what it goes by now.
+
+        :raise ConfigurationError: a forward that is not right, or that clashes with another.
+        :raise Unknown: there is no such link, or no such forward to remove.
+        :raise Conflict: its passt is not qrapd's own, or there is no file.
+        """
+        async with self._reloading:
+            data = forwards.change(self.file, link, add, remove)
+            assert self.plan.path is not None
+            configuration = config.check(data, self.plan.path)
+            plan = await anyio.to_thread.run_sync(planning.resolve, configuration, abandon_on_cancel=True)
+            await self._apply(plan)
+        return configuration.file
+
+    async def apply(self, plan: Plan) -> None:
+        """Go by another plan from now on, as far as a machine that runs can take it."""
+        async with self._reloading:
+            await self._apply(plan)
+
+    # --- a VM's runs ----------------------------------------------------------------------------------
+
+    async def run(self, companion: Companion | None = None) -> Outcome:
+        """Run the VM, and again for as long as its file wants that.
+
+        :param companion: runs beside the VM's first run for as long as both like.
+        :raise AlreadySupervised: another process has it, or what was left of it cannot be taken over.
+        """
+        with self.directory.claim():
+            left = await look_for_left(self.directory, self._handed, self._tell, self._keeper)
+            if left is None and (self._only_left or self._stopped.is_set()):
+                return Outcome(Reason.REQUEST)
+            self._begin(self.plan, left)
+            return await self._keep_running(companion)
+
+    async def _keep_running(self, companion: Companion | None) -> Outcome:
         while True:
             since = time.monotonic()
             outcome = await self._run_once(companion)
-            failure = outcome.error is not None
-            limits = self._plan.restart
-            wanted = is_wanted(limits.policy, outcome.reason, failure=failure)
-            if outcome.stood_back or self._stopped.is_set() or not wanted:
+            companion = None
+            if outcome.stood_back:
+                self.directory.leave_as_it_is()
+                return outcome
+            if self._stopped.is_set():
+                return outcome
+            limits = self.plan.restart
+            if self._again:
+                self._again, self._hurry = False, anyio.Event()
+                await self._read_again()
+                self._begin_anew()
+                continue
+            if self._leaving or not is_wanted(
+                limits.policy, outcome.reason, failure=outcome.error is not None
+            ):
                 return outcome
             self._backoff.limit, self._backoff.window = limits.limit, limits.window
             if time.monotonic() - since > limits.window:
@@ -168,60 +213,65 @@ class _Supervisor:
                 delay_ms=round(delay * 1000),
                 error=outcome.error and outcome.error.message,
             )
-            with anyio.move_on_after(delay):
-                await self._stopped.wait()
-            if self._stopped.is_set():
-                return Outcome(Reason.REQUEST)
+            await self._wait(delay)
+            if self._stopped.is_set() or self._leaving:
+                # Whoever comes next starts it, if it is to be started.
+                return Outcome(Reason.REQUEST, stood_back=self._leaving)
+            self._again, self._hurry = False, anyio.Event()
             self._begin_anew()
-            companion = None
 
-    def _begin_anew(self) -> None:
-        """Make the VM for the next start, by the file as it was read last; but what has proved impossible stays out."""
-        fallen_back = self._vm.fallen_back
-        links = tuple(fallen_back.get(link.index, link) for link in self._plan.links)
-        self._vm = Vm(replace(self._plan, links=links), self._directory, self._tell, keeper=self._notifier)
+    async def _wait(self, delay: float) -> None:
+        with anyio.move_on_after(delay):
+            await _first_of(self._stopped, self._hurry)
+
+    async def _read_again(self) -> None:
+        if self._reread is None:
+            return
+        try:
+            self.plan = replace(await self.read_file(), name=self.plan.name)
+            self._file = self.plan.file
+        except QrapdError as error:
+            self._refuse(error)
+
+    def _begin(self, plan: Plan, left: Left | None = None) -> None:
+        fitting = left.fit(plan) if left is not None else plan
+        for link in _differing(plan, fitting):
+            self._emit("link.notice", link=link, notice=_OTHER_NIC)
+        self.vm = Vm(fitting, self.directory, self._tell, keeper=self._keeper, left=left)
+        if self._stopped.is_set():
+            self.vm.stop()
         renewed, self._renewed = self._renewed, anyio.Event()
         renewed.set()
 
-    async def _wait_until_ready(self) -> Vm:
-        """The VM that runs, or the next one that does."""
-        while not self._vm.ready.is_set():
-            async with anyio.create_task_group() as tasks:
-                for event in (self._vm.ready, self._renewed):
-                    tasks.start_soon(_wait_and_cancel, event, tasks.cancel_scope)
-        return self._vm
+    def _begin_anew(self) -> None:
+        """Make the VM for the next start, by the file as it was read last; but what has proved impossible stays out."""
+        fallen_back = self.vm.fallen_back if self.vm is not None else {}
+        links = tuple(fallen_back.get(link.index, link) for link in self.plan.links)
+        self._begin(replace(self.plan, links=links))
+
+    async def wait_until_ready(self) -> Vm:
+        """The VM that runs, or the next one that does. Whoever waits is cancelled when there is to be none."""
+        while self.vm is None or not self.vm.ready.is_set():
+            events = [self._renewed] if self.vm is None else [self.vm.ready, self._renewed]
+            await _first_of(*events)
+        return self.vm
 
     async def _run_once(self, companion: Companion | None) -> Outcome:
+        assert self.vm is not None
         async with anyio.create_task_group() as tasks:
             if companion is not None:
-                tasks.start_soon(companion, self._vm)
-            outcome = await self._vm.run()
+                tasks.start_soon(companion, self.vm)
+            outcome = await self.vm.run()
             tasks.cancel_scope.cancel()
         return outcome
 
-    async def _leave(self) -> None:
-        """Make room for another qrapd, in this very process."""
-        async with self._reloading:
-            await (await self._wait_until_ready()).leave()
+    # --- the file -------------------------------------------------------------------------------------
 
-    async def _reload(self) -> None:
-        """Read the file again and apply what can be applied to a machine that runs."""
+    async def read_file(self) -> Plan:
         if self._reread is None:
-            self._emit(
-                "vm.reload_refused",
-                error="there is no file to read again: this VM was started from a command line",
-                hint=None,
-            )
-            return
-        async with self._reloading:
-            self._reporter.note_reload()
-            try:
-                # In a thread, which a stop does not wait for: this reads files, and asks passt for its options.
-                plan = await anyio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
-            except QrapdError as error:
-                self._refuse(error)
-            else:
-                await self._apply(plan)
+            raise QrapdError("there is no file to read again: this VM was started from a command line")
+        # In a thread, which a stop does not wait for: this reads files, and asks passt for its options.
+        return await anyio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
 
     def _refuse(self, error: QrapdError) -> None:
         if isinstance(error, ConfigurationError):
@@ -231,10 +281,10 @@ class _Supervisor:
 
     async def _apply(self, plan: Plan) -> None:
         # At once for the next start; a VM that is just starting has to be ready before its links can change.
-        self._plan = replace(plan, name=self._plan.name)
-        vm = await self._wait_until_ready()
+        self.plan = replace(plan, name=self.plan.name)
+        vm = await self.wait_until_ready()
         changes = self._compare(plan, vm)
-        renewed = vm.reload(self._plan)
+        renewed = vm.reload(self.plan)
         self._file = plan.file
         self._emit(
             "vm.reloaded",
@@ -252,34 +302,42 @@ class _Supervisor:
         return replace(compare(self._file, plan.file), needing_restart=lacking)
 
 
+async def _first_of(*events: anyio.Event) -> None:
+    async def wait(event: anyio.Event) -> None:
+        await event.wait()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for each in events:
+            tasks.start_soon(wait, each)
+
+
+def _differing(plan: Plan, fitting: Plan) -> list[int]:
+    """The links whose NICs the file now wants otherwise than the machine that runs has them."""
+    wanted, there = ({link.index: (link.mode, link.mac) for link in each.links} for each in (plan, fitting))
+    return [index for index in sorted({*wanted, *there}) if wanted.get(index) != there.get(index)]
+
+
+def tell_failure(emit: Emit, error: QrapdError, *, vm: str | None) -> None:
+    """Log why a VM did not start, or ended badly.
+
+    :param vm: None: it is not known which.
+    """
+    about = {} if vm is None else {"vm": vm}
+    if isinstance(error, ConfigurationError):
+        for problem in error.problems:
+            emit("config.invalid", **about, file=error.path, problem=str(problem), **_hint(problem.hint))
+    else:
+        emit("run.failed", **about, error=error.message, **_hint(error.hint))
+
+
+def _hint(hint: str | None) -> dict[str, str]:
+    return {"hint": hint} if hint else {}
+
+
 def _too_often(outcome: Outcome, limit: int, window: float) -> QrapdError:
     last = outcome.error.message if outcome.error else f"the last time: {outcome.reason.value}"
     return QemuFailed(
         f"the VM has ended {limit} times within {window:g} s: {last}",
         hint=(outcome.error and outcome.error.hint) or "its table [restart] sets the limit",
     )
-
-
-@contextlib.contextmanager
-def _receive_signals() -> Iterator[AsyncIterator[signal.Signals]]:
-    """The signals that are for the VM. Afterwards they are ignored: all is over, and must not seem to end violently.
-
-    Closing the receiver puts the default actions back, so they are blocked until they can be ignored.
-    """
-    try:
-        with anyio.open_signal_receiver(*_SIGNALS) as signals:
-            try:
-                yield signals
-            finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    finally:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-
-def _collect_garbage() -> None:
-    """From here on there is garbage. What was imported is none, and no collection needs to walk it."""
-    if not gc.isenabled():  # as qrapd.__main__ has left it
-        gc.freeze()
-        gc.enable()

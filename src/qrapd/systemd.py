@@ -12,17 +12,52 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import cast
+from typing import Protocol, cast
 
-__all__ = ["Notifier", "Reporter", "stored_name", "take_stored_fds", "watchdog_interval"]
+__all__ = [
+    "QEMU",
+    "Keeper",
+    "Notifier",
+    "PrefixedKeeper",
+    "Reporter",
+    "output_name",
+    "passt_name",
+    "stored_name",
+    "take_stored_fds",
+    "watchdog_interval",
+]
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 
 
+QEMU = "qemu"
+"""Under which QEMU's pidfd is kept."""
+
+
 def stored_name(link: int) -> str:
     """Under which a link's held stream is kept."""
     return f"link{link}"
+
+
+def passt_name(link: int) -> str:
+    """Under which the pidfd of a link's passt is kept."""
+    return f"passt{link}"
+
+
+def output_name(process: str) -> str:
+    """Under which the read end of what a process writes is kept, by the name of its pidfd."""
+    return f"{process}-output"
+
+
+class Keeper(Protocol):
+    """Keeps fds for a supervisor that comes after this one."""
+
+    def store(self, name: str, fds: Sequence[int]) -> bool:
+        """Keep copies under a name."""
+
+    def forget(self, name: str) -> bool:
+        """Keep what has this name no more."""
 
 
 class Notifier:
@@ -74,6 +109,25 @@ class Notifier:
         except OSError:
             return False
         return True
+
+
+class PrefixedKeeper:
+    """A :class:`Notifier` as the keeper of one VM's fds among those of many: ``web.link0``.
+
+    FDNAME may have 255 characters and no colon: sd_pid_notify_with_fds(3).
+    """
+
+    def __init__(self, notifier: Notifier, vm: str) -> None:
+        self._notifier = notifier
+        self._vm = vm
+
+    def store(self, name: str, fds: Sequence[int]) -> bool:
+        """As :meth:`Notifier.store`."""
+        return self._notifier.store(f"{self._vm}.{name}", fds)
+
+    def forget(self, name: str) -> bool:
+        """As :meth:`Notifier.forget`."""
+        return self._notifier.forget(f"{self._vm}.{name}")
 
 
 def take_stored_fds(environment: MutableMapping[str, str], pid: int) -> list[tuple[str, int]]:

@@ -260,8 +260,8 @@ class VhostUserLink(Link):
         if self.state is LinkState.CONNECTED:
             self._begin(self._welcome)
 
-    def _take_over(self, record: LinkRecord, end: socket.socket | None, program: str) -> Connection:
-        connection = _Connection.adopt(record, end, program)
+    def _take_over(self, record: LinkRecord, end: socket.socket | None, passt: Passt | None) -> Connection:
+        connection = _Connection.adopt(record, end, passt)
         assert isinstance(connection, _Connection)
         connection.accepted = True  # passt's own end tells of its loss, and no stream
         if connection.passt is None:

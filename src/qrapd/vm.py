@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import socket
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from anyio.abc import TaskGroup
 
 from qrapd import record
 from qrapd.backoff import Backoff
+from qrapd.console import Console
 from qrapd.errors import AlreadySupervised, QmpFailed, QrapdError, Unavailable
 from qrapd.left_behind import Left
 from qrapd.lifecycle import DEADLINES, TABLE, Action, Deadline, Event, Reason, State, advance, judge_exit
-from qrapd.link import Keeper, Link, Surroundings
+from qrapd.link import Link, Surroundings
 from qrapd.logs import Emit
 from qrapd.native import NativeLink, keep_awake
 from qrapd.plan import LinkPlan, Plan
@@ -27,6 +29,7 @@ from qrapd.process import ExitStatus
 from qrapd.qemu import Qemu
 from qrapd.runtime_directory import VmDirectory
 from qrapd.stream import HangUpWatch
+from qrapd.systemd import QEMU, Keeper, output_name
 from qrapd.vhost_user import VhostUserLink
 
 if TYPE_CHECKING:
@@ -71,8 +74,8 @@ class Outcome:
     error: QrapdError | None = None
     stood_back: bool = False
     """the VM runs on, for another qrapd"""
-    streams: Mapping[int, int] = field(default_factory=dict)
-    """of a VM that runs on: the held streams as fds, by the links' indices"""
+    fds: Mapping[str, int] = field(default_factory=dict)
+    """of a VM that runs on: what its next supervisor is given, by the names of the fd store"""
 
 
 class Vm:
@@ -106,9 +109,10 @@ class Vm:
             _LINKS[link.mode](link, Backoff(limits.limit, limits.window), around) for link in plan.links
         ]
         self._left = left
+        self._keeper = keeper
         self._stood_back = False
-        self.handed_over: dict[int, int] = {}
-        """after :meth:`leave`: the held streams' fds by the links' indices"""
+        self.handed_over: dict[str, int] = {}
+        """after :meth:`leave`: fds for whoever comes next, by the names of the fd store"""
         self._qemu: Qemu | None = None
         self._qmp: Qmp | None = None
         self._status: ExitStatus | None = None
@@ -124,6 +128,10 @@ class Vm:
         self._greeted = False
         self.ready = anyio.Event()
         """set once the machine has run"""
+        if left is not None:
+            self._post(
+                Event.ADOPT
+            )  # before anybody can ask for its end, which is not to be the supervisor's alone
 
     # --- from outside ---------------------------------------------------------------------------------
 
@@ -132,6 +140,16 @@ class Vm:
         event = Event.HURRY if self._stop_requested else Event.STOP
         self._stop_requested = True
         self._post(event)
+
+    @property
+    def console(self) -> Console | None:
+        """The guest's serial console; None where there is no QEMU, or it is not qrapd's business."""
+        return self._qemu.console if self._qemu is not None else None
+
+    def kill(self) -> None:
+        """End QEMU at once, whatever that does to the guest."""
+        self._stop_requested = True
+        self._post(Event.KILL)
 
     async def leave(self) -> None:
         """Let the VM be for another qrapd to adopt, as soon as no link is in the middle of something."""
@@ -167,7 +185,8 @@ class Vm:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._hang_ups.run)
-                self._post(Event.START if self._left is None else Event.ADOPT)
+                if self._left is None:
+                    self._post(Event.START)
                 while self.state is not State.ENDED:
                     event, number = await self._inbox.receive()
                     if number in (None, self._state_number):
@@ -330,6 +349,8 @@ class Vm:
 
     async def _watch_qemu(self, qemu: Qemu) -> None:
         self._status = await qemu.wait()
+        for name in (QEMU, output_name(QEMU)):
+            self._keeper.forget(name)
         self._post(Event.QEMU_EXITED)
 
     async def _connect_qmp(self, tasks: TaskGroup, *, greeted: bool = False) -> None:
@@ -383,15 +404,12 @@ class Vm:
     async def _adopt(self, tasks: TaskGroup) -> None:
         """Take over what another supervisor has left."""
         assert self._left is not None
-        record, qemu = self._left.record, self._left.record.qemu
+        record, process = self._left.record, self._left.qemu
         try:
-            self._qemu = Qemu.adopt(self.plan, self._directory, qemu.pid, qemu.start_time)
-        except ProcessLookupError:
-            self._post(Event.QEMU_EXITED)
-            return
+            self._qemu = Qemu.adopt(self.plan, self._directory, process)
         except OSError as error:
             self._error = QmpFailed(
-                f"the QEMU that was left (pid {qemu.pid}) cannot be reached by its monitor "
+                f"the QEMU that was left (pid {process.pid}) cannot be reached by its monitor "
                 f"{self._directory.socket_path('qmp.sock')}: {error.strerror}"
             )
             self._post(Event.QMP_FAILED)
@@ -400,7 +418,8 @@ class Vm:
         self._listen(self._qemu, tasks)
         known = {link.index: link for link in record.links}
         for link in self.links:
-            link.adopt(known[link.plan.index], self._left.find_stream(link.plan.index), tasks)
+            link.adopt(self._left.take_link(known[link.plan.index]), tasks)
+        self._left.handed.close()
         await self._connect_qmp(tasks, greeted=True)
 
     def _listen(self, qemu: Qemu, tasks: TaskGroup) -> None:
@@ -410,13 +429,21 @@ class Vm:
             lambda line: self._emit("guest.console", line=line),
         )
         tasks.start_soon(self._watch_qemu, qemu)
+        for name, fd in self._fds_to_keep(qemu).items():
+            self._keeper.store(name, [fd])
+
+    def _fds_to_keep(self, qemu: Qemu) -> dict[str, int]:
+        """What tells the next supervisor who QEMU is, and what QEMU says meanwhile."""
+        fds = {QEMU: qemu.process.pidfd, output_name(QEMU): qemu.process.output}
+        return {name: fd for name, fd in fds.items() if fd >= 0}
 
     def _stand_back(self) -> None:
         self._stood_back = True
         self._write_record()
+        if self._qemu is not None:
+            self.handed_over |= {name: os.dup(fd) for name, fd in self._fds_to_keep(self._qemu).items()}
         for link in self.links:
-            for fd in link.stand_back():
-                self.handed_over[link.plan.index] = fd
+            self.handed_over |= link.stand_back()
 
     # --- stopping -------------------------------------------------------------------------------------
 

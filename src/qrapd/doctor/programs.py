@@ -94,12 +94,20 @@ def examine_qemu(binary: str) -> Finding:
     except Unavailable as error:
         return _missing(subject, error)
     try:
-        return judge_qemu(subject, path, binaries.qemu_version(path), binaries.qemu_netdevs(path))
+        return judge_qemu(
+            subject,
+            path,
+            binaries.qemu_version(path),
+            binaries.qemu_netdevs(path),
+            has_sandbox=binaries.qemu_has_sandbox(path),
+        )
     except Unavailable as error:
         return Finding(subject, "problem", error.message)
 
 
-def judge_qemu(subject: str, path: str, version: tuple[int, int, int], netdevs: frozenset[str]) -> Finding:
+def judge_qemu(
+    subject: str, path: str, version: tuple[int, int, int], netdevs: frozenset[str], *, has_sandbox: bool
+) -> Finding:
     """Tell which link modes this QEMU can carry; swapping takes its socket and hubport backends."""
     words = f"{path}, version {'.'.join(map(str, version))}"
     needed = [name for name in ("socket", "hubport") if name not in netdevs]
@@ -114,6 +122,7 @@ def judge_qemu(subject: str, path: str, version: tuple[int, int, int], netdevs: 
     if "passt" in netdevs:
         modes.append("native")
     words += f"; link modes {', '.join(modes)}"
+    words += "; has a sandbox" if has_sandbox else "; built without seccomp: VMs run without QEMU's sandbox"
     if version < (7, 2, 0):
         return Finding(subject, "warning", f"{words}; qrapd is tested from 7.2 on")
     return Finding(subject, "ok", words)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM in the foreground: the signals that reach qrapd, the service manager, and the VM's own API beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR2, Signals
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from qrapd.api.access import Policy
+from qrapd.api.server import serve_on_demand
+from qrapd.errors import Conflict, QrapdError, Unavailable
+from qrapd.event_log import EventLog
+from qrapd.failed_starts import FailedStarts
+from qrapd.garbage import collect_garbage
+from qrapd.handover import HandedOver
+from qrapd.hosted_vm import SupervisedVm
+from qrapd.hosting import HostedVm, HostVitals
+from qrapd.lifecycle import Reason
+from qrapd.logs import Emit
+from qrapd.plan import Plan
+from qrapd.signals import receive_signals
+from qrapd.status_tracker import StatusTracker
+from qrapd.supervisor import Companion, Supervisor
+from qrapd.systemd import Notifier, Reporter
+from qrapd.vm import Outcome
+from qrapd.vm_status import Origin
+
+__all__ = ["supervise"]
+
+BACKLOG = 64
+"""Callers that may wait to be let in."""
+
+STOP_MARGIN = 15.0
+"""Seconds beyond the VM's own timeouts that a stop may take: a busy host, and the passts' end."""
+
+
+async def supervise(
+    plan: Plan,
+    base: Path,
+    emit: Emit,
+    *,
+    origin: Origin = "shell",
+    reread: Callable[[], Plan] | None = None,
+    companion: Companion | None = None,
+    notifier: Notifier | None = None,
+    watchdog: float | None = None,
+    handed: HandedOver | None = None,
+    only_left: bool = False,
+) -> Outcome:
+    """Run a VM until it ends for good. SIGTERM or SIGINT end it in order; each further one takes the next step.
+
+    :param base: the runtime directory, above the VM's own.
+    :param origin: whether a unit runs it, or a shell.
+    :param reread: makes the plan anew from the VM's file, on SIGHUP; runs in a thread.
+    :param companion: runs beside the VM for as long as both like.
+    :param notifier: tells the service manager.
+    :param watchdog: seconds between two signs of life to it.
+    :param handed: the fds that an earlier supervisor has had kept.
+    :param only_left: do nothing if no VM was left running.
+    :raise QrapdError: the VM could not start, or ended badly.
+    """
+    collect_garbage()
+    # Signals first: from here on none can end qrapd between two steps and leave something behind.
+    with receive_signals(SIGTERM, SIGINT, SIGHUP, SIGUSR2) as signals:
+        notifier = notifier or Notifier(None)
+        async with anyio.create_task_group() as tasks:
+            if watchdog is not None:
+                tasks.start_soon(_be_alive, notifier, watchdog)
+            foreground = _Foreground(
+                plan, base, emit, origin, notifier, tasks, reread, handed, only_left=only_left
+            )
+            tasks.start_soon(foreground.obey, signals)
+            outcome = await foreground.run(companion)
+            tasks.cancel_scope.cancel()
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome
+
+
+async def _be_alive(notifier: Notifier, seconds: float) -> None:
+    """From the loop that does the work: a thread would go on when that hangs."""
+    while True:
+        notifier.tell(WATCHDOG=1)
+        await anyio.sleep(seconds)
+
+
+class _Foreground:
+    """What is around one supervisor. For the API of its VM it is the :class:`qrapd.hosting.Host`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        base: Path,
+        emit: Emit,
+        origin: Origin,
+        notifier: Notifier,
+        tasks: TaskGroup,
+        reread: Callable[[], Plan] | None,
+        handed: HandedOver | None,
+        *,
+        only_left: bool,
+    ) -> None:
+        self.origin = origin
+        self.events = EventLog()
+        self._emit = emit
+        self._notifier = notifier
+        self._tasks = tasks
+        self._only_left = only_left
+        self._reporter = Reporter(notifier, plan.powerdown_timeout + 2 * plan.quit_timeout + STOP_MARGIN)
+        links = [(link.index, link.mode) for link in plan.links]
+        tracker = StatusTracker(plan.name, origin, links, datetime.now(UTC))
+        self._vm = SupervisedVm(tracker, tasks)
+        self._supervisor = Supervisor(
+            plan,
+            base,
+            self._vm.track(self._tell),
+            keeper=notifier,
+            reread=reread,
+            handed=handed,
+            only_left=only_left,
+        )
+        self._vm.supervisor = self._supervisor
+        self._stopped = anyio.Event()
+
+    def _tell(self, event: str, /, **fields: object) -> None:
+        self._emit(event, **fields)
+        self._reporter.note(event, **fields)
+        self.events.append(event, fields)
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def obey(self, signals: AsyncIterator[Signals]) -> None:
+        """Do what the signals say."""
+        async for number in signals:
+            if number == SIGHUP:
+                self._tasks.start_soon(self._reload)
+            elif number == SIGUSR2:
+                self._tasks.start_soon(self._supervisor.leave)
+            else:
+                self._stopped.set()
+                self._supervisor.stop()
+
+    async def _reload(self) -> None:
+        self._reporter.note_reload()
+        with contextlib.suppress(QrapdError):  # the log says so
+            await self._supervisor.reload()
+
+    async def run(self, companion: Companion | None) -> Outcome:
+        """Run the VM until it ends for good, with its API beside it."""
+        history = self._supervisor.directory.path / "failed-starts"
+        failures = FailedStarts()
+        if self._notifier.active and not self._only_left:
+            failures = FailedStarts.read(history, since=self._supervisor.plan.path)
+            if failures.delay and not self._supervisor.directory.record_path.exists():
+                await self._wait(failures)
+        self._tasks.start_soon(self._serve)
+        try:
+            outcome = await self._supervisor.run(companion)
+        except QrapdError as error:
+            return Outcome(Reason.FAILED, error)
+        if self._notifier.active and not outcome.stood_back:
+            vm = self._supervisor.vm
+            with contextlib.suppress(OSError):
+                history.unlink(missing_ok=True)
+            if outcome.error is not None and vm is not None and not vm.ready.is_set():
+                failures.note_another(history)
+        return outcome
+
+    async def _wait(self, failures: FailedStarts) -> None:
+        """The service manager would try again and again; a stop ends the wait."""
+        self._vm.track(self._tell)(
+            "vm.restarting",
+            vm=self._vm.name,
+            attempts=failures.count,
+            delay_ms=round(failures.delay * 1000),
+            error=None,
+        )
+        with anyio.move_on_after(failures.delay):
+            await self._stopped.wait()
+
+    # --- the API --------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Once the VM is up. A bug in the API must not end it."""
+        vm = await self._supervisor.wait_until_ready()
+        name = vm.plan.name
+        try:
+            with self._supervisor.directory.listen("control.sock", backlog=BACKLOG) as listener:
+                await serve_on_demand(listener, self._make_app, report=self._report)
+        except Unavailable as error:
+            self._tell("link.notice", vm=name, notice=f"{error.message}: `qrapd ps` does not see this VM")
+        except Exception as error:
+            self._report("the API ended", error)
+
+    def _make_app(self) -> Any:
+        from qrapd.api.app import make_app
+
+        return make_app(self, Policy(own_uid=os.geteuid()), report=self._report)
+
+    def _report(self, where: str, error: BaseException) -> None:
+        self._tell("bug.found", vm=self._vm.name, where=where, error=repr(error), trace=_trace(error))
+
+    @property
+    def vms(self) -> Mapping[str, HostedVm]:
+        return {self._vm.name: self._vm}
+
+    @property
+    def vitals(self) -> HostVitals:
+        return HostVitals(loop_lag_seconds=None)
+
+    async def put(self, name: str, text: str) -> bool:  # noqa: ARG002 (as the agent has it)
+        raise _takes_no_files(name)
+
+    async def delete(self, name: str) -> None:
+        raise _takes_no_files(name)
+
+
+def _takes_no_files(name: str) -> Conflict:
+    return Conflict(
+        f"this is the supervisor of one VM: it neither writes nor removes files, not {name}'s either",
+        hint="ask the agent, or edit the file and reload",
+    )
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
