@@ -38,7 +38,7 @@ LAYERS = [
     # a link's way out, and its place in QEMU
     ["connection", "hub", "left_behind"],
     # one peer each
-    ["listeners", "passt", "probe", "qemu", "qmp", "stream"],
+    ["agent_socket", "listeners", "passt", "probe", "qemu", "qmp", "stream"],
     ["handover", "running", "wrap"],
     ["hosting"],
     ["console", "event_log", "pesto"],

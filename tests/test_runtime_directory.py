@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from qrapd import runtime_directory
 from qrapd.errors import AlreadySupervised, ExitStatus, Unavailable
 from qrapd.runtime_directory import SOCKETS, SUN_PATH_MAX, VmDirectory, default_base
 
@@ -166,6 +171,180 @@ def contend(base: Path, *, seconds: float, count: int) -> list[str]:
             child.wait()
     assert [0] * count == [child.returncode for child in children]
     return answers
+
+
+# ---- who only looks
+
+# Holds a VM's directory until its stdin ends; before that, says what its pid is to itself.
+HOLDER = """
+import os, sys
+from pathlib import Path
+from qrapd.runtime_directory import VmDirectory
+
+with VmDirectory(Path(sys.argv[1]), "web").claim():
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+LOOKER = """
+import sys
+from pathlib import Path
+from qrapd.runtime_directory import VmDirectory
+
+print(VmDirectory(Path(sys.argv[1]), "web").supervisor_pid())
+"""
+
+
+@contextlib.contextmanager
+def holder(base: Path, *before: str) -> Iterator[tuple[int, int]]:
+    """A process that holds a directory: its pid for this process, and for itself."""
+    with subprocess.Popen(
+        [*before, sys.executable, "-c", HOLDER, str(base)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            said = int(child.stdout.readline())
+            children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+            yield int(children[0]) if before else child.pid, said
+        finally:
+            child.stdin.close()
+            child.wait(30)
+
+
+@pytest.fixture
+def in_pid_namespace() -> list[str]:
+    """What runs a command in a PID namespace of its own, as a container does."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("this kernel lets this user make no PID namespace")
+    return command
+
+
+def test_who_supervises(tmp_path: Path) -> None:
+    """The pid of another process as of this one; nobody before, after, and where a killed one has left its files."""
+    directory = VmDirectory(tmp_path, "web")
+    assert directory.supervisor_pid() is None
+    with holder(tmp_path) as (pid, _):
+        assert pid == directory.supervisor_pid()
+    assert directory.supervisor_pid() is None
+    with directory.claim():
+        assert os.getpid() == VmDirectory(tmp_path, "web").supervisor_pid()
+        directory.leave_as_it_is()
+    assert (directory.path / "lock").exists()
+    assert directory.supervisor_pid() is None
+
+
+def test_a_supervisor_in_a_namespace(tmp_path: Path, in_pid_namespace: list[str]) -> None:
+    """It takes itself for another than it is: a signal to the pid that it wrote down would go to a stranger."""
+    with holder(tmp_path, *in_pid_namespace) as (pid, said):
+        assert pid != said
+        assert str(said) == (tmp_path / "web/lock").read_text().strip()
+        assert pid == VmDirectory(tmp_path, "web").supervisor_pid()
+
+
+def test_a_supervisor_outside_of_the_namespace(tmp_path: Path, in_pid_namespace: list[str]) -> None:
+    """It is there, and has no pid in here: neither a wrong one nor nobody is the answer."""
+    command = [*in_pid_namespace, sys.executable, "-c", LOOKER, str(tmp_path)]
+    with VmDirectory(tmp_path, "web").claim():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert "PermissionError" in done.stderr
+        assert "another PID namespace" in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "None\n" == done.stdout
+
+
+@pytest.mark.parametrize("missing", ["/proc/locks", "/proc/self/mountinfo", "/proc/self/fdinfo/"])
+def test_the_kernel_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """As with ProcSubset=pid: what the supervisor wrote down has to do."""
+    read = runtime_directory._read
+
+    def refuse(path: str) -> list[str]:
+        if path.startswith(missing):
+            raise FileNotFoundError(path)
+        return read(path)
+
+    monkeypatch.setattr(runtime_directory, "_read", refuse)
+    with VmDirectory(tmp_path, "web").claim() as directory:
+        (directory.path / "lock").write_text("4711\n")
+        assert 4711 == VmDirectory(tmp_path, "web").supervisor_pid()
+        (directory.path / "lock").write_text("")  # not yet written
+        assert VmDirectory(tmp_path, "web").supervisor_pid() is None
+        directory.leave_as_it_is()
+    assert VmDirectory(tmp_path, "web").supervisor_pid() is None
+
+
+def test_who_looks_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who looks just then is waited for; one who looks for ever is not."""
+    directory = VmDirectory(tmp_path, "web")
+    directory.path.mkdir()
+    looking = os.open(directory.path / "lock", os.O_RDONLY | os.O_CREAT, 0o600)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    with pytest.raises(AlreadySupervised), directory.claim():
+        pass
+    monkeypatch.setattr(runtime_directory, "PATIENCE", 30.0)
+    done = threading.Timer(0.05, os.close, [looking])
+    done.start()
+    try:
+        with directory.claim():
+            pass
+    finally:
+        done.join()
+
+
+def test_no_look_hinders_a_claim(tmp_path: Path) -> None:
+    """While others look all the time, every claim succeeds."""
+    stop = threading.Event()
+    faults: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not stop.is_set():
+                assert VmDirectory(tmp_path, "web").supervisor_pid() in (None, os.getpid())
+        except BaseException as error:
+            faults.append(error)
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for each in lookers:
+        each.start()
+    try:
+        for _ in range(500):
+            with VmDirectory(tmp_path, "web").claim():
+                pass
+    finally:
+        stop.set()
+        for each in lookers:
+            each.join()
+    assert [] == faults
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "socket", "directory", "link", "dangling link"])
+def test_what_is_no_lock(place: Path, kind: str) -> None:
+    """Root looks into directories of users: nothing that they put there holds it up, or leads it elsewhere."""
+    lock = place / "web/lock"
+    lock.parent.mkdir()
+    with contextlib.ExitStack() as stack:
+        if kind == "pipe":
+            os.mkfifo(lock)
+        elif kind == "socket":
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(lock))
+        elif kind == "directory":
+            lock.mkdir()
+        else:
+            target = place / "elsewhere"
+            lock.symlink_to(target)
+            if kind == "link":
+                target.write_text("1\n")
+                fcntl.flock(stack.enter_context(target.open()), fcntl.LOCK_EX)
+        assert VmDirectory(place, "web").supervisor_pid() is None
+        if kind == "link":
+            with pytest.raises(Unavailable), VmDirectory(place, "web").claim():
+                pass
+            assert "1\n" == target.read_text()
 
 
 def test_a_path_that_is_too_long_is_refused_before_anything_is_made(tmp_path: Path) -> None:

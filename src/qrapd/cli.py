@@ -19,6 +19,7 @@ from qrapd.errors import ExitStatus, QrapdError
 __all__ = ["COMMANDS", "main", "run_command_line"]
 
 COMMANDS: Mapping[str, str] = {
+    "agent": "agent",
     "check": "files",
     "completion": "completion",
     "console": "console",

@@ -25,6 +25,7 @@ from qrapd.passt_options import Mac, PasstOptions, Text, check_unicast, nearest,
 from qrapd.ports import find_clashes, read_forwards
 
 __all__ = [
+    "NAME_PATTERN",
     "Link",
     "Qemu",
     "Restart",

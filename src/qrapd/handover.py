@@ -14,16 +14,19 @@ from qrapd.errors import ExitStatus
 from qrapd.process import pid_of
 from qrapd.systemd import take_stored_fds
 
-__all__ = ["AGENT_SOCKET", "HandedOver", "become_successor", "take_fds"]
+__all__ = ["AGENT_SOCKET", "OWN_AGENT_SOCKET", "HandedOver", "become_successor", "take_fds"]
 
 VARIABLE = "QRAPD_STREAMS"
 """Fds for the next program in this very process: ``0=12,1=15,qemu=16``, by the names that they have in the fd store. A
 link's stream has its index only, as in qrapd's first versions, which hand over nothing else."""
 
 AGENT_SOCKET = "agent"
-"""Under which the agent's listening socket comes, from its socket unit as well (FileDescriptorName=)."""
+"""Under which the agent's listening socket comes from its socket unit (FileDescriptorName=)."""
 
-_NAME = re.compile(r"([a-z0-9-]{1,63}\.)?((link|passt)[0-9]+|passt[0-9]+-output|qemu(-output)?)|agent")
+OWN_AGENT_SOCKET = "agent-own"
+"""Under which one comes that an agent has made itself."""
+
+_NAME = re.compile(r"([a-z0-9-]{1,63}\.)?((link|passt)[0-9]+|passt[0-9]+-output|qemu(-output)?)|agent(-own)?")
 
 _LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 

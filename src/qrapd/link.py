@@ -348,7 +348,7 @@ class Link:
         try:
             fd = connection.stream.fd
             return vital_signs.unread_by_peer(fd), vital_signs.unread_by_us(fd)
-        except OSError:
+        except (OSError, ValueError):  # it is closed, or being closed
             return None, None
 
     async def _announce(self) -> None:

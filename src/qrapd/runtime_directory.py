@@ -7,9 +7,12 @@ The base is $RUNTIME_DIRECTORY (set by systemd), else /run/qrapd for root, else 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +25,10 @@ SUN_PATH_MAX = 107
 
 SOCKETS = ("qmp.sock", "user-qmp.sock", "serial.sock", "control.sock")
 """Every socket that a VM's directory may hold."""
+
+PATIENCE = 0.1
+"""Seconds that a claim puts up with those who only look at the lock. They hold it for microseconds, but one of them may
+lose the processor just then, on a busy host for some 10 ms. The event loop waits meanwhile."""
 
 
 def default_base(environment: Mapping[str, str], uid: int) -> Path:
@@ -62,18 +69,39 @@ class VmDirectory:
     def supervisor_pid(self) -> int | None:
         """Who holds the lock; None if nobody does.
 
-        :raise PermissionError: this user may not know.
+        The kernel is asked (/proc/locks): it knows the pid by which this process has the holder, while one in a PID
+        namespace of its own (a container, ``PrivatePIDs=``) has written down another. Only where it names nobody is
+        the lock tried, for it may be held out of this process's sight; that is no obstacle to a claim.
+
+        :raise PermissionError: this user may not know, or the holder is in a PID namespace that is hidden from here.
         """
         try:
-            with (self.path / "lock").open() as lock:
+            # Root looks into users' directories, too: a pipe of that name must not hold it up, nor a link lead it on.
+            lock = os.open(self.path / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+                return None
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(lock).st_mode):
+                return None
+            for _ in range(3):  # it may be taken between the two steps
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    text = lock.read().strip()
-                    return int(text) if text.isdecimal() else None
-        except FileNotFoundError:
-            pass
-        return None
+                    if pid := _holder(lock):
+                        return pid
+                    told = True
+                except LookupError:
+                    told = False
+                if _try_lock(lock, fcntl.LOCK_SH):
+                    return None
+            if told:
+                raise PermissionError(
+                    errno.EPERM, "its supervisor is in another PID namespace", str(self.path)
+                )
+            text = os.pread(lock, 32, 0).strip()
+            return int(text) if text.isdigit() else None
+        finally:
+            os.close(lock)
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[VmDirectory]:
@@ -165,7 +193,7 @@ class VmDirectory:
         path = self.path / "lock"
         while True:
             try:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:
                 self._make()  # the last supervisor removed the directory between our two steps
                 continue
@@ -174,14 +202,12 @@ class VmDirectory:
                     f"cannot write in the runtime directory {self.path}: {error.strerror}",
                     hint="run as the user who owns it, or name another place: --runtime-dir DIR",
                 ) from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock_for_good(lock):
                 os.close(lock)
                 raise AlreadySupervised(
                     f"the VM {self.path.name} is already supervised: another process holds {path}",
                     hint=f"see who it is with `fuser -v {path}`, or run this one under another name",
-                ) from None
+                )
             if _is_same_file(lock, path):
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
@@ -208,3 +234,48 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _try_lock(fd: int, how: int) -> bool:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_for_good(fd: int) -> bool:
+    """Take the lock unless a supervisor has it. Who only looks takes it shared, which a supervisor never does."""
+    until = time.monotonic() + PATIENCE
+    while not _try_lock(fd, fcntl.LOCK_EX):
+        if not _try_lock(fd, fcntl.LOCK_SH) or time.monotonic() >= until:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_UN)  # two that claim must not see each other looking for long
+        os.sched_yield()
+    return True
+
+
+def _holder(fd: int) -> int | None:
+    """Who has locked an open file for himself, as the kernel tells it.
+
+    :raise LookupError: it does not: there is no /proc, or part of it only (``ProcSubset=pid``).
+    """
+    try:
+        # Not by fstat(): what that says of the device is another number on btrfs and overlayfs.
+        about = dict(line.split(":", 1) for line in _read(f"/proc/self/fdinfo/{fd}") if ":" in line)
+        mounts = (line.split(maxsplit=3) for line in _read("/proc/self/mountinfo"))
+        device = next(device for mount, _, device, _ in mounts if mount == about["mnt_id"].strip())
+        major, minor = map(int, device.split(":"))
+        file = f"{major:02x}:{minor:02x}:{int(about.get('ino') or os.fstat(fd).st_ino)}"
+        locks = [line.split() for line in _read("/proc/locks")]
+    except (OSError, KeyError, ValueError, StopIteration) as error:
+        raise LookupError(f"the kernel tells of no locks: {error!r}") from error
+    # "1: FLOCK ADVISORY WRITE 4711 00:19:8 0 EOF"; with "->" in the second place, for one that waits.
+    return next((int(words[4]) for words in locks if words[1:4] == _EXCLUSIVE and words[5] == file), None)
+
+
+_EXCLUSIVE = ["FLOCK", "ADVISORY", "WRITE"]
+
+
+def _read(path: str) -> list[str]:
+    return Path(path).read_text("utf-8", errors="replace").splitlines()

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from qrapd.config import VmConfiguration, parse
-from qrapd.errors import ConfigurationError, Problem
+from qrapd.agent_file import AgentFile
+from qrapd.agent_file import parse as parse_agent_file
+from qrapd.config import NAME_PATTERN, VmConfiguration, parse
+from qrapd.errors import ConfigurationError, Problem, Unavailable
 
-__all__ = ["directory", "find", "read"]
+__all__ = ["Found", "directory", "find", "read", "read_agent_file", "remove", "survey", "write"]
 
 SIZE_LIMIT = 1024 * 1024
 """Bytes. The largest file that makes sense has a few thousand."""
@@ -61,6 +66,83 @@ def read(path: Path) -> VmConfiguration:
     else:
         return parse(text, path)
     raise ConfigurationError(str(path), [problem])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A VM's file in the agent's directory."""
+
+    path: Path
+    autostart: bool = False
+    error: ConfigurationError | None = None
+    """what is wrong with it"""
+
+
+def survey(vms: Path) -> dict[str, Found]:
+    """The VM files of a directory, by their names, in order. What is named otherwise is none: ``.web.toml.swp``."""
+    found = {}
+    for path in sorted(vms.glob("*.toml")):
+        if re.fullmatch(NAME_PATTERN, path.stem):
+            try:
+                found[path.stem] = Found(path, read(path).autostart)
+            except ConfigurationError as error:
+                found[path.stem] = Found(path, error=error)
+    return found
+
+
+def write(path: Path, text: str) -> bool:
+    """Write a VM's file, whole or not at all; returns whether it is a new one.
+
+    :raise ConfigurationError: it is wrong, or its name is not the file's; nothing was written.
+    :raise Unavailable: it cannot be written.
+    """
+    if (name := parse(text, path).name) != path.stem:
+        problem = Problem("name", f"is not {path.stem}, which it is written for", value=repr(name))
+        raise ConfigurationError(str(path), [problem])
+    new = path.with_suffix(".new")
+    try:
+        is_new = not path.exists()
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise _not_changeable(path, error) from error
+    return is_new
+
+
+def remove(path: Path) -> None:
+    """Remove a VM's file.
+
+    :raise Unavailable: that is not allowed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_changeable(path, error) from error
+
+
+def _not_changeable(path: Path, error: OSError) -> Unavailable:
+    return Unavailable(
+        f"cannot change {path}: {error.strerror}",
+        hint=f"may the agent's user write in {path.parent}? docs/agent.md says how to let it",
+    )
+
+
+def read_agent_file(configuration: Path) -> AgentFile:
+    """Read agent.toml, which may be missing.
+
+    :raise ConfigurationError: it is wrong.
+    """
+    path = configuration / "agent.toml"
+    try:
+        return parse_agent_file(_read_regular(path).decode("utf-8-sig"), path)
+    except FileNotFoundError:
+        return AgentFile()
+    except (OSError, ValueError) as error:
+        problem = Problem("", f"cannot be read: {error}", hint="check its mode, owner and contents")
+        raise ConfigurationError(str(path), [problem]) from None
 
 
 def _read_regular(path: Path) -> bytes:

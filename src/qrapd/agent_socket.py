@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where the agent listens, and that there is one agent only for each runtime directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from qrapd.errors import AlreadySupervised, Unavailable
+from qrapd.handover import AGENT_SOCKET, OWN_AGENT_SOCKET
+
+__all__ = ["AgentSocket", "claim"]
+
+BACKLOG = 1024
+"""Callers that may wait to be let in; the kernel takes net.core.somaxconn at most, 4096 by default."""
+
+MODE = 0o666
+"""Everybody may connect: who may do what is decided by who it is."""
+
+
+@contextlib.contextmanager
+def claim(base: Path) -> Iterator[None]:
+    """Be the agent of this runtime directory, which is made where it is missing.
+
+    :raise AlreadySupervised: there is one.
+    :raise Unavailable: the directory cannot be used.
+    """
+    path = base / "agent.lock"
+    try:
+        base.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise Unavailable(
+            f"cannot use the runtime directory {base}: {error.strerror}",
+            hint="run as a user who may write there, or name another place: --runtime-dir DIR",
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadySupervised(
+                f"there is an agent already: another process holds {path}",
+                hint=f"see who it is with `fuser -v {path}`; `qrapd ps` shows its VMs",
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+class AgentSocket:
+    """The agent's listening socket.
+
+    :param given: one that came from a socket unit; that is it, then.
+    :param inherited: one that an agent before this one has made.
+    :raise Unavailable: it cannot be made.
+    """
+
+    def __init__(self, path: Path, given: int | None, inherited: int | None) -> None:
+        self._path = path if given is None else None
+        there = inherited if given is None else given
+        self.listener = _listen(path) if there is None else socket.socket(fileno=there)
+
+    def hand_over(self) -> dict[str, int]:
+        """The fd, for an agent that comes after this one in the same process, by its name."""
+        name = AGENT_SOCKET if self._path is None else OWN_AGENT_SOCKET
+        self._path = None
+        return {name: self.listener.detach()}
+
+    def close(self) -> None:
+        """Listen no more. Where a socket unit listens it goes on."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        self.listener.close()
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)  # of an agent that is gone: we have its lock
+        listener.bind(str(path))
+        path.chmod(MODE)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
+    return listener

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM of the agent: a file, and now and then a supervisor that runs it. Whatever becomes of it stays with it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from anyio.abc import TaskGroup
+
+from qrapd import plan as planning
+from qrapd import vm_files
+from qrapd.errors import ConfigurationError, Problem, QrapdError
+from qrapd.handover import HandedOver
+from qrapd.hosted_vm import SupervisedVm
+from qrapd.logs import Emit
+from qrapd.plan import Plan
+from qrapd.runtime_directory import VmDirectory
+from qrapd.status_tracker import StatusTracker
+from qrapd.supervisor import Supervisor, tell_failure
+from qrapd.systemd import Keeper
+from qrapd.vm import Vm
+
+__all__ = ["AgentVm", "Shared"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all VMs of an agent have in common."""
+
+    base: Path
+    """the runtime directory, above the VMs' own"""
+    emit: Emit
+    tasks: TaskGroup
+    starting: anyio.CapacityLimiter
+    """VMs that may be on their way up at the same time"""
+    planning: anyio.CapacityLimiter
+    """files that may be read at the same time, each in a thread"""
+    keeper: Callable[[str], Keeper]
+    """keeps a VM's fds for the agent after this one"""
+
+
+class AgentVm(SupervisedVm):
+    """A VM as the agent has it, whether it runs or not."""
+
+    def __init__(self, path: Path, shared: Shared) -> None:
+        super().__init__(
+            StatusTracker(path.stem, "agent", [], datetime.now(UTC), state="exited"), shared.tasks
+        )
+        self.path = path
+        self.plan: Plan | None = None
+        """by which it was started last"""
+        self.settled = anyio.Event()
+        """set once it runs, or does not"""
+        self.left: Mapping[str, int] = {}
+        """after :meth:`leave`: fds for whoever comes next, by their names in the fd store"""
+        self.is_new = True
+        """nobody has started it yet"""
+        self._shared = shared
+        self._emit = self.track(shared.emit)
+        self._ended = anyio.Event()
+        self._ended.set()
+        self._preparing = anyio.CancelScope()
+
+    @property
+    def runs(self) -> bool:
+        """Whether anything of it runs, or is on its way up or down."""
+        return not self._ended.is_set()
+
+    @property
+    def was_left(self) -> bool:
+        """Whether another supervisor has left a record of it."""
+        return VmDirectory(self._shared.base, self.name).record_path.exists()
+
+    # --- from outside ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        if self.runs:
+            await super().start()
+        self.begin(HandedOver())
+
+    def begin(self, handed: HandedOver) -> None:
+        """Start it, or take it over if it runs already.
+
+        :param handed: the fds of it that an earlier agent has had kept.
+        """
+        self.is_new = False
+        self._ended, self.settled = anyio.Event(), anyio.Event()
+        self._preparing = anyio.CancelScope()
+        self.tracker.begin(datetime.now(UTC))
+        self._shared.tasks.start_soon(self._live, handed)
+
+    async def stop(self) -> None:
+        self._preparing.cancel()
+        await super().stop()
+
+    async def kill(self) -> None:
+        self._preparing.cancel()
+        await super().kill()
+
+    async def restart(self) -> None:
+        if self.supervisor is None and not self.runs:
+            await self.start()
+        else:
+            await super().restart()
+
+    async def leave(self) -> None:
+        """Let it be for another agent to adopt, as soon as nothing is under way; what is not up yet is waited for."""
+        self._preparing.cancel()
+        async with anyio.create_task_group() as leaving:
+            if self.supervisor is not None:
+                leaving.start_soon(self.supervisor.leave)
+            await self._ended.wait()
+            leaving.cancel_scope.cancel()
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long an orderly end may take."""
+        plan = self.supervisor.plan if self.supervisor is not None else None
+        return plan.powerdown_timeout + 2 * plan.quit_timeout if plan is not None else 0.0
+
+    async def power_down(self) -> None:
+        """Stop it, and wait for its end."""
+        await self.stop()
+        await self._ended.wait()
+
+    def refuse(self, error: QrapdError) -> None:
+        """Its file is wrong."""
+        if self.runs:
+            tell_failure(self._shared.emit, error, vm=self.name)
+        else:
+            self._fail(error)
+
+    async def refresh(self) -> bool:
+        """Read its file again and apply what has changed; returns whether anything has.
+
+        :raise QrapdError: the file is wrong; all stays as it is.
+        """
+        supervisor = self.supervisor
+        if supervisor is None:
+            return False
+        plan = await anyio.to_thread.run_sync(self._read, limiter=self._shared.planning)
+        if not supervisor.differs(plan):
+            return False
+        self._shared.tasks.start_soon(supervisor.apply, plan)
+        return True
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def _live(self, handed: HandedOver) -> None:
+        """From a start to its end. A failure, and a bug even, is told and goes no further: there are other VMs."""
+        try:
+            with self._preparing:
+                plan = await anyio.to_thread.run_sync(self._read, limiter=self._shared.planning)
+                supervisor = Supervisor(
+                    plan,
+                    self._shared.base,
+                    self._emit,
+                    keeper=self._shared.keeper(self.name),
+                    reread=self._read,
+                    handed=handed,
+                )
+                self.tracker.set_links((link.index, link.mode) for link in plan.links)
+                if not self.was_left:  # what runs already needs no place in the queue
+                    await self._shared.starting.acquire_on_behalf_of(self)
+                self.supervisor = supervisor
+            if self.supervisor is not None:
+                await self._supervise(self.supervisor)
+            else:
+                self.tracker.note_end(datetime.now(UTC))
+        except QrapdError as error:
+            self._fail(error)
+        except Exception as error:
+            self._emit(
+                "bug.found", vm=self.name, where="a VM", error=repr(error), trace=traceback.format_exc()
+            )
+            self.tracker.note_failure(f"a bug in qrapd: {error!r}", datetime.now(UTC))
+        finally:
+            self._release_place()
+            handed.close()
+            self.supervisor = None
+            self.settled.set()
+            self._ended.set()
+
+    async def _supervise(self, supervisor: Supervisor) -> None:
+        outcome = await supervisor.run(self._note_ready)
+        self.left = outcome.fds
+        if outcome.error is not None:
+            self._fail(outcome.error)
+        elif not outcome.stood_back:
+            self.tracker.note_end(datetime.now(UTC))
+
+    async def _note_ready(self, vm: Vm) -> None:
+        await vm.ready.wait()
+        self._release_place()
+        self.settled.set()
+
+    def _release_place(self) -> None:
+        if self in self._shared.starting.statistics().borrowers:
+            self._shared.starting.release_on_behalf_of(self)
+
+    def _fail(self, error: QrapdError) -> None:
+        tell_failure(self._emit, error, vm=self.name)
+        self.tracker.note_failure(error.message, datetime.now(UTC))
+
+    def _read(self) -> Plan:
+        plan = planning.resolve(vm_files.read(self.path))
+        if plan.name != self.name:
+            problem = Problem(
+                "name",
+                "is not the file's own, by which the agent knows the VM",
+                value=repr(plan.name),
+                hint=f"leave it out, or call the file {plan.name}.toml",
+            )
+            raise ConfigurationError(str(self.path), [problem])
+        return plan
