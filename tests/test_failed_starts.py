@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
 from qrapd import failed_starts
-from qrapd.failed_starts import FREE, LONGEST, MEMORY, FailedStarts
+from qrapd.failed_starts import FREE, LONGEST, MEMORY, FailedStarts, count_failures
 
 
 def test_the_delay_grows_to_a_limit() -> None:
@@ -63,3 +64,28 @@ def test_what_is_damaged_is_nothing(tmp_path: Path, text: str) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     """A full or read-only /run ends nothing."""
     FailedStarts().note_another(tmp_path / "missing" / "failures")
+
+
+def test_what_counts(tmp_path: Path) -> None:
+    """A start that raises; not one that was up, and an end in order forgets all."""
+    path, file = tmp_path / "failures", tmp_path / "web.toml"
+    file.touch()
+    os.utime(file, (50, 50))
+    waited: list[int] = []
+
+    def start(*, up: bool, fails: bool) -> int:
+        with contextlib.suppress(OSError), count_failures(path, since=file, wait=note) as note_up:
+            if up:
+                note_up()
+            if fails:
+                raise OSError
+        return FailedStarts.read(path).count
+
+    def note(known: FailedStarts) -> None:
+        waited.append(known.count)
+
+    assert [1, 2, 3, 4, 5] == [start(up=False, fails=True) for _ in range(5)]
+    assert [FREE + 1] == waited
+    assert 0 == start(up=True, fails=True)
+    assert 1 == start(up=False, fails=True)
+    assert 0 == start(up=False, fails=False)

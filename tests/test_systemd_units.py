@@ -561,6 +561,19 @@ class TestInSystemd:
             machine.show("qrapd@wrong", "NRestarts"),
         )
 
+    def test_a_start_that_fails_again_and_again(self, machine: Booted) -> None:
+        """Systemd 252 would try every half second for ever; each start waits for longer than the one before."""
+        machine.path("/etc/qrapd/vms/hopeless.toml").write_text('[qemu]\nbinary = "/nowhere/qemu"\n')
+        machine.systemctl("start", "qrapd@hopeless", check=False)
+        try:
+            waits = "QRAPD_VM=hopeless", "QRAPD_EVENT=vm.restarting"
+            machine.wait_for("patience", lambda: len(machine.journal(*waits)) >= 2, "qrapd@hopeless")
+            delays = [int(entry["QRAPD_DELAY_MS"]) for entry in machine.journal(*waits)]
+            assert [1000, 2000] == delays[:2]
+        finally:
+            machine.systemctl("stop", "qrapd@hopeless")
+        assert "inactive" == machine.show("qrapd@hopeless", "ActiveState")
+
     def test_a_credential(self, machine: Booted, guest: GuestImage) -> None:
         """As the documentation has it: QEMU reads it, and nobody else can."""
         machine.path("/etc/qrapd/disk-key").write_text("a secret of some length")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FailedStarts"]
+__all__ = ["FailedStarts", "count_failures"]
 
 FREE = 3
 """So many starts in a row may fail before one waits: what is just a moment late, such as a port, is there by then."""
@@ -58,6 +59,38 @@ class FailedStarts:
         """One more. A full disk forgets it."""
         with contextlib.suppress(OSError):
             path.write_text(json.dumps({"count": self.count + 1, "at": now()}) + "\n")
+
+
+@contextlib.contextmanager
+def count_failures(
+    path: Path, *, since: Path, wait: Callable[[FailedStarts], None]
+) -> Iterator[Callable[[], None]]:
+    """Around a start: what leaves it as an exception counts as a failure, unless the VM had been up.
+
+    :param path: where failures are remembered.
+    :param since: the VM's file.
+    :param wait: is called before the start if it has to wait.
+
+    Yields what is to be called when the VM is up.
+    """
+    known = FailedStarts.read(path, since=since)
+    if known.delay:
+        wait(known)
+    up = False
+
+    def note_up() -> None:
+        nonlocal up
+        up = True
+
+    try:
+        yield note_up
+    except Exception:
+        if up:
+            path.unlink(missing_ok=True)
+        else:
+            known.note_another(path)
+        raise
+    path.unlink(missing_ok=True)
 
 
 def now() -> float:

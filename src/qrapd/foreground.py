@@ -19,7 +19,6 @@ from qrapd.api.access import Policy
 from qrapd.api.server import serve_on_demand
 from qrapd.errors import Conflict, QrapdError, Unavailable
 from qrapd.event_log import EventLog
-from qrapd.failed_starts import FailedStarts
 from qrapd.garbage import collect_garbage
 from qrapd.handover import HandedOver
 from qrapd.hosted_vm import SupervisedVm
@@ -112,9 +111,7 @@ class _Foreground:
         self.origin = origin
         self.events = EventLog()
         self._emit = emit
-        self._notifier = notifier
         self._tasks = tasks
-        self._only_left = only_left
         self._reporter = Reporter(notifier, plan.powerdown_timeout + 2 * plan.quit_timeout + STOP_MARGIN)
         links = [(link.index, link.mode) for link in plan.links]
         tracker = StatusTracker(plan.name, origin, links, datetime.now(UTC))
@@ -129,7 +126,6 @@ class _Foreground:
             only_left=only_left,
         )
         self._vm.supervisor = self._supervisor
-        self._stopped = anyio.Event()
 
     def _tell(self, event: str, /, **fields: object) -> None:
         self._emit(event, **fields)
@@ -146,7 +142,6 @@ class _Foreground:
             elif number == SIGUSR2:
                 self._tasks.start_soon(self._supervisor.leave)
             else:
-                self._stopped.set()
                 self._supervisor.stop()
 
     async def _reload(self) -> None:
@@ -156,36 +151,11 @@ class _Foreground:
 
     async def run(self, companion: Companion | None) -> Outcome:
         """Run the VM until it ends for good, with its API beside it."""
-        history = self._supervisor.directory.path / "failed-starts"
-        failures = FailedStarts()
-        if self._notifier.active and not self._only_left:
-            failures = FailedStarts.read(history, since=self._supervisor.plan.path)
-            if failures.delay and not self._supervisor.directory.record_path.exists():
-                await self._wait(failures)
         self._tasks.start_soon(self._serve)
         try:
-            outcome = await self._supervisor.run(companion)
+            return await self._supervisor.run(companion)
         except QrapdError as error:
             return Outcome(Reason.FAILED, error)
-        if self._notifier.active and not outcome.stood_back:
-            vm = self._supervisor.vm
-            with contextlib.suppress(OSError):
-                history.unlink(missing_ok=True)
-            if outcome.error is not None and vm is not None and not vm.ready.is_set():
-                failures.note_another(history)
-        return outcome
-
-    async def _wait(self, failures: FailedStarts) -> None:
-        """The service manager would try again and again; a stop ends the wait."""
-        self._vm.track(self._tell)(
-            "vm.restarting",
-            vm=self._vm.name,
-            attempts=failures.count,
-            delay_ms=round(failures.delay * 1000),
-            error=None,
-        )
-        with anyio.move_on_after(failures.delay):
-            await self._stopped.wait()
 
     # --- the API --------------------------------------------------------------------------------------
 

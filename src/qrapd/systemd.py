@@ -20,6 +20,7 @@ __all__ = [
     "Notifier",
     "PrefixedKeeper",
     "Reporter",
+    "is_unit",
     "output_name",
     "passt_name",
     "stored_name",
@@ -145,6 +146,11 @@ def take_stored_fds(environment: MutableMapping[str, str], pid: int) -> list[tup
     given = names.split(":") if names else []
     given += ["unknown"] * (len(fds) - len(given))
     return list(zip(given, fds, strict=False))
+
+
+def is_unit(environment: Mapping[str, str], pid: int) -> bool:
+    """Whether systemd has started this very process: systemd.exec(5), $SYSTEMD_EXEC_PID, since 248."""
+    return environment.get("SYSTEMD_EXEC_PID") == str(pid)
 
 
 def watchdog_interval(environment: MutableMapping[str, str], pid: int) -> float | None:

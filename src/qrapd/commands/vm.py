@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +28,12 @@ from qrapd.commands.options import (
 )
 from qrapd.commands.owner import become_owner
 from qrapd.errors import ConfigurationError, ExitStatus, QrapdError, Unavailable
+from qrapd.failed_starts import FailedStarts, count_failures
+from qrapd.systemd import is_unit
 
 if TYPE_CHECKING:
     from qrapd.client.places import Places
-    from qrapd.logs import LogFormat, Logs
+    from qrapd.logs import Emit, LogFormat, Logs
     from qrapd.plan import Plan
     from qrapd.vm import Outcome
 
@@ -180,17 +184,49 @@ def _run(
             hint="leave --log-format out, or choose json or console",
         )
     with Logs(log_format, log_level) as logs:
+        # Where the file cannot be read its name is all that says which VM this is about.
+        vm = Path(file).stem if file else None
         try:
-            outcome = _supervise(make_plan(), base_directory(runtime_dir), logs, make_plan if file else None)
+            with _patience(environment, vm, file, logs) as note_up:
+                plan = make_plan()
+                emit = _watch_for_up(logs.emit, note_up)
+                outcome = _supervise(plan, base_directory(runtime_dir), emit, make_plan if file else None)
         except QrapdError as error:
-            # Where the file cannot be read its name is all that says which VM this is about.
-            return _tell(error, logs, vm=Path(file).stem if file else None)
+            return _tell(error, logs, vm=vm)
     if outcome.stood_back:
         become_successor(outcome.fds, environment)
     return ExitStatus.OK
 
 
-def _supervise(plan: Plan, base: Path, logs: Logs, reread: Callable[[], Plan] | None) -> Outcome:
+def _patience(
+    environment: Mapping[str, str], vm: str | None, file: str | None, logs: Logs
+) -> AbstractContextManager[Callable[[], None]]:
+    """Under systemd: a start that has failed again and again waits before the next try."""
+    directory = environment.get("RUNTIME_DIRECTORY")
+    if not directory or file is None or not is_unit(environment, os.getpid()):
+        return nullcontext(lambda: None)
+    place = Path(directory)
+
+    def wait(known: FailedStarts) -> None:
+        if (place / "record.json").exists():
+            return  # something may run, and wait to be taken over
+        delay_ms = round(known.delay * 1000)
+        logs.emit("vm.restarting", vm=vm, attempts=known.count, delay_ms=delay_ms, error=None)
+        time.sleep(known.delay)  # a stop ends it: SIGTERM has its default action still
+
+    return count_failures(place / "failed-starts", since=Path(file), wait=wait)
+
+
+def _watch_for_up(emit: Emit, note_up: Callable[[], None]) -> Emit:
+    def tell(event: str, /, **fields: object) -> None:
+        emit(event, **fields)
+        if event in {"vm.ready", "vm.adopted"}:
+            note_up()
+
+    return tell
+
+
+def _supervise(plan: Plan, base: Path, emit: Emit, reread: Callable[[], Plan] | None) -> Outcome:
     import anyio
 
     from qrapd.foreground import supervise
@@ -202,7 +238,8 @@ def _supervise(plan: Plan, base: Path, logs: Logs, reread: Callable[[], Plan] | 
             supervise,
             plan,
             base,
-            logs.emit,
+            emit,
+            origin="unit" if is_unit(os.environ, os.getpid()) else "shell",
             reread=reread,
             # What is for qrapd alone is taken out of the environment: QEMU and passt have no business with it.
             handed=take_fds(os.environ),
