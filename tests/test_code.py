@@ -70,11 +70,9 @@ LAYERS = [
     ["lifecycle", "link_lifecycle", "messages", "ports", "vm_status"],
     # and these with the standard library alone
     [
-        "access",
         "backoff",
         "errors",
         "frames",
-        "http_limits",
         "lines",
         "qrap_arguments",
         "rate_limit",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qrapd import __version__
-from qrapd.cli import main
+from qrapd.cli import COMMANDS
 from qrapd.config import parse
 from qrapd.errors import ExitStatus
 from qrapd.messages import EVENTS
@@ -28,7 +28,7 @@ def test_the_changelog_is_of_this_version() -> None:
 
 def test_the_reference_has_every_command() -> None:
     """And none that there is not."""
-    assert set(main.commands) == set(re.findall(r"^\| `qrapd (\w+)", REFERENCE, re.MULTILINE))
+    assert set(COMMANDS) == set(re.findall(r"^\| `qrapd (\w+)", REFERENCE, re.MULTILINE))
 
 
 def test_the_reference_has_every_event() -> None:

@@ -10,13 +10,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR2, Signals
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd.api.access import Policy
-from qrapd.api.server import serve_on_demand
 from qrapd.errors import Conflict, QrapdError, Unavailable
 from qrapd.event_log import EventLog
 from qrapd.garbage import collect_garbage
@@ -31,7 +29,9 @@ from qrapd.status_tracker import StatusTracker
 from qrapd.supervisor import Companion, Supervisor
 from qrapd.systemd import Notifier, Reporter
 from qrapd.vm import Outcome
-from qrapd.vm_status import Origin
+
+if TYPE_CHECKING:
+    from qrapd.vm_status import Origin
 
 __all__ = ["supervise"]
 
@@ -115,7 +115,7 @@ class _Foreground:
         self._reporter = Reporter(notifier, plan.powerdown_timeout + 2 * plan.quit_timeout + STOP_MARGIN)
         links = [(link.index, link.mode) for link in plan.links]
         tracker = StatusTracker(plan.name, origin, links, datetime.now(UTC))
-        self._vm = SupervisedVm(tracker, tasks)
+        self._vm = SupervisedVm(tracker)
         self._supervisor = Supervisor(
             plan,
             base,
@@ -164,6 +164,8 @@ class _Foreground:
         vm = await self._supervisor.wait_until_ready()
         name = vm.plan.name
         try:
+            from qrapd.api.server import serve_on_demand  # only now: no start waits for it (3 ms)
+
             with self._supervisor.directory.listen("control.sock", backlog=BACKLOG) as listener:
                 await serve_on_demand(listener, self._make_app, report=self._report)
         except Unavailable as error:
@@ -172,6 +174,7 @@ class _Foreground:
             self._report("the API ended", error)
 
     def _make_app(self) -> Any:
+        from qrapd.api.access import Policy
         from qrapd.api.app import make_app
 
         return make_app(self, Policy(own_uid=os.geteuid()), report=self._report)

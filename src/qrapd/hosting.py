@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qrapd.status_tracker import Measures
-from qrapd.vm_status import Origin, VmStatus
 
 if TYPE_CHECKING:
     from qrapd.console import Console
     from qrapd.event_log import EventLog
+    from qrapd.vm_status import Origin, VmStatus
 
 __all__ = ["ForwardChange", "Host", "HostVitals", "HostedVm"]
 
@@ -21,8 +21,9 @@ __all__ = ["ForwardChange", "Host", "HostVitals", "HostedVm"]
 class ForwardChange:
     """What came of a change of forwarded ports."""
 
-    by: Literal["pesto", "swap"]
-    """``pesto``: passt was told, and nothing was interrupted; ``swap``: another passt has taken its place"""
+    by: Literal["pesto", "swap", "nothing"]
+    """``pesto``: passt was told, and nothing was interrupted; ``swap``: another passt takes its place;
+    ``nothing``: it was so already"""
     tcp: tuple[str, ...]
     udp: tuple[str, ...]
     """what is forwarded now, in passt's own words"""
@@ -88,11 +89,11 @@ class HostedVm(Protocol):
     async def change_forwards(
         self, link: int, *, add: Iterable[tuple[str, str]] = (), remove: Iterable[tuple[str, str]] = ()
     ) -> ForwardChange:
-        """Forward other ports from now on, until the VM ends: pairs of ``tcp`` or ``udp`` and passt's words.
+        """Forward other ports, until the VM ends or its file has others: pairs of ``tcp`` or ``udp`` and passt's words.
 
         :raise ConfigurationError: a forward that is not right, or that clashes with another.
         :raise Unknown: there is no such link, or no such forward to remove.
-        :raise Conflict: its passt is not qrapd's own, or the VM does not run.
+        :raise Conflict: its passt is not qrapd's own, or the VM does not run, or somebody else has a port.
         """
 
 

@@ -61,6 +61,10 @@ class VmDirectory:
         """Where the socket ``name`` is, one of :data:`SOCKETS`."""
         return self.path / name
 
+    def pesto_socket(self, link: int) -> Path:
+        """Where a link's passt listens for pesto(1): no longer than the longest of :data:`SOCKETS`, up to link 999."""
+        return self.path / f"pesto{link}.sock"
+
     @property
     def record_path(self) -> Path:
         """Where the supervisor's record is: see :mod:`qrapd.record`."""
@@ -223,6 +227,9 @@ class VmDirectory:
         for name in (*SOCKETS, "record.json", "record.new", "lock"):
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
+        with contextlib.suppress(OSError):
+            for path in self.path.glob("pesto*.sock"):
+                path.unlink()
         with contextlib.suppress(OSError):
             self.path.rmdir()
         os.close(self._lock)

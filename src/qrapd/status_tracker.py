@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from qrapd.vm_status import LinkStatus, Origin, VmState, VmStatus
+if TYPE_CHECKING:
+    from qrapd.vm_status import Origin, VmState, VmStatus
 
 __all__ = ["LOSS_REASONS", "OUTAGE_BOUNDS", "Histogram", "LinkMeasures", "Measures", "StatusTracker"]
 
@@ -279,6 +280,9 @@ class StatusTracker:
 
         :param unread: by the links' indices, what waits in their streams: for passt, and for QEMU.
         """
+        # Imported for those who ask: `run` starts without pydantic having made these models (2.6 ms).
+        from qrapd.vm_status import LinkStatus, VmStatus
+
         links = []
         for index, link in sorted(self._links.items()):
             by_passt, by_qemu = unread.get(index, (None, None))

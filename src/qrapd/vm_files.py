@@ -10,11 +10,13 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qrapd.agent_file import AgentFile
-from qrapd.agent_file import parse as parse_agent_file
 from qrapd.config import NAME_PATTERN, VmConfiguration, parse
 from qrapd.errors import ConfigurationError, Problem, Unavailable
+
+if TYPE_CHECKING:
+    from qrapd.agent_file import AgentFile
 
 __all__ = ["Found", "directory", "find", "read", "read_agent_file", "remove", "survey", "write"]
 
@@ -135,9 +137,11 @@ def read_agent_file(configuration: Path) -> AgentFile:
 
     :raise ConfigurationError: it is wrong.
     """
+    from qrapd.agent_file import AgentFile, parse
+
     path = configuration / "agent.toml"
     try:
-        return parse_agent_file(_read_regular(path).decode("utf-8-sig"), path)
+        return parse(_read_regular(path).decode("utf-8-sig"), path)
     except FileNotFoundError:
         return AgentFile()
     except (OSError, ValueError) as error:
