@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qrapd import record
+from qrapd.forwards import Changed
 from qrapd.process import start_time
 from qrapd.record import LinkRecord, ProcessId, Record, Unusable
 
@@ -26,6 +27,7 @@ RECORD = Record(
             inode=7,
             mac="52:54:00:12:34:56",
             argv=("passt", "--mtu", "1500"),
+            changed=Changed((("tcp", "8080:80"), ("udp", "53")), (("tcp", "22"),)),
         ),
         LinkRecord(1, "swap", 1, 1, swapping=True, socket="/tmp/passt_1.socket"),
     ),
@@ -50,10 +52,18 @@ def test_a_record_of_the_first_version_is_read(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     for link in data["links"]:
         del link["argv"], link["mac"]
+        link.pop("changed", None)
     path.write_text(json.dumps(data))
     found = record.read(path)
     assert found is not None
-    assert [replace(link, argv=None, mac=None) for link in RECORD.links] == list(found.links)
+    assert [replace(link, argv=None, mac=None, changed=None) for link in RECORD.links] == list(found.links)
+
+
+def test_an_older_qrapd_can_be_gone_back_to(tmp_path: Path) -> None:
+    """What it does not know is written only where there is something to tell."""
+    path = tmp_path / "record.json"
+    record.write(path, RECORD)
+    assert [True, False] == ["changed" in link for link in json.loads(path.read_text())["links"]]
 
 
 def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
@@ -100,6 +110,8 @@ def test_no_record_is_none(tmp_path: Path) -> None:
         '{"version": 2, "qemu": {"pid": 1, "start_time": 2, "more": 3}, "links": [], "supervisor": null}',
         '{"version": 2, "qemu": {"pid": 1, "start_time": 2}}',
         '{"version": 2, "qemu": {"pid": 1, "start_time": 2}, "links": [7], "supervisor": null}',
+        '{"version": 2, "qemu": {"pid": 1, "start_time": 2}, "links": [{"index": 0, "mode": "swap", "generation": 1, '
+        '"number": 1, "passt": null, "changed": {"now": [["tcp"]], "file": []}}], "supervisor": null}',
     ],
 )
 def test_what_is_no_record_is_unusable(tmp_path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ def main() -> None:
     # Ctrl-C while modules are being read would end in a traceback; and a reload that comes right after the start
     # of a VM would end it (children get the default back: run handles SIGHUP before it has any).
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.argv[1:2] in (["run"], ["wrap"]):
+    if sys.argv[1:2] in (["run"], ["wrap"], ["agent"]):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     from qrapd.cli import run_command_line

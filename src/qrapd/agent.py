@@ -95,9 +95,10 @@ async def run_agent(
     :param abandon: ends this program with all that still goes on in it, and without a word to any VM.
     :param watchdog: seconds between two signs of life to the service manager.
     :param socket_path: where the API listens; by default agent.sock in ``base``, or where a socket unit says.
-    :raise QrapdError: there is an agent already, or a directory cannot be used.
+    :raise QrapdError: there is an agent already, a directory cannot be used, or a group of agent.toml is not there.
     """
     collect_garbage()
+    policy = _policy(file)
     with receive_signals(SIGTERM, SIGINT, SIGHUP, SIGUSR2, SIGPWR) as signals, agent_socket.claim(base):
         place = AgentSocket(
             socket_path or base / "agent.sock", handed.take(AGENT_SOCKET), handed.take(OWN_AGENT_SOCKET)
@@ -107,7 +108,7 @@ async def run_agent(
         def make_app() -> Any:
             from qrapd.api.app import make_app
 
-            return make_app(agent, _policy(file), report=agent.report)
+            return make_app(agent, policy, report=agent.report)
 
         async def serve_api() -> None:
             app = await anyio.to_thread.run_sync(make_app)
@@ -342,17 +343,19 @@ class Agent:
     async def reload(self) -> None:
         """Read all files again and touch only what they change. What was stopped stays so."""
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
-        async with self._reloading:
-            await self._contain("reading agent.toml", self._reload_own_file)
-            wanted = await self._scan()
-            changed: list[str] = []
-            async with anyio.create_task_group() as tasks:
-                for vm in self._vms.values():
-                    if vm.runs:
-                        tasks.start_soon(self._refresh, vm, changed)
-            started = self._start(wanted)
-            self._emit("agent.reloaded", vms=len(self._vms), changed=sorted(changed), started=started)
-        self._notifier.tell(READY=1)
+        try:
+            async with self._reloading:
+                await self._contain("reading agent.toml", self._reload_own_file)
+                wanted = await self._scan()
+                changed: list[str] = []
+                async with anyio.create_task_group() as tasks:
+                    for vm in self._vms.values():
+                        if vm.runs:
+                            tasks.start_soon(self._refresh, vm, changed)
+                started = self._start(wanted)
+                self._emit("agent.reloaded", vms=len(self._vms), changed=sorted(changed), started=started)
+        finally:  # the service manager waits for it
+            self._notifier.tell(READY=1)
 
     async def _reload_own_file(self) -> None:
         self._file = await anyio.to_thread.run_sync(vm_files.read_agent_file, self._directory)
@@ -365,6 +368,8 @@ class Agent:
                 changed.append(vm.name)
         except QrapdError as error:
             vm.refuse(error)
+        except Exception as error:  # it must not keep the others from being read again
+            self.report(f"a reload of {vm.name}", error)
 
     # --- the end --------------------------------------------------------------------------------------
 

@@ -28,6 +28,10 @@ from qrapd.vm import Vm
 
 __all__ = ["AgentVm", "Shared"]
 
+PLACE_SECONDS = 10.0
+"""That a start may keep another one waiting: it takes 0.3 s, on a busy host a few. What takes longer waits for something
+else than a processor (QEMU has 120 s to set up the guest's memory), and a few that hang must not keep all others down."""
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -49,9 +53,7 @@ class AgentVm(SupervisedVm):
     """A VM as the agent has it, whether it runs or not."""
 
     def __init__(self, path: Path, shared: Shared) -> None:
-        super().__init__(
-            StatusTracker(path.stem, "agent", [], datetime.now(UTC), state="exited"), shared.tasks
-        )
+        super().__init__(StatusTracker(path.stem, "agent", [], datetime.now(UTC), state="exited"))
         self.path = path
         self.plan: Plan | None = None
         """by which it was started last"""
@@ -74,8 +76,12 @@ class AgentVm(SupervisedVm):
 
     @property
     def was_left(self) -> bool:
-        """Whether another supervisor has left a record of it."""
-        return VmDirectory(self._shared.base, self.name).record_path.exists()
+        """Whether another supervisor has left it, and is gone: one of a unit's or a shell's is not for us."""
+        directory = VmDirectory(self._shared.base, self.name)
+        try:
+            return directory.record_path.exists() and directory.supervisor_pid() is None
+        except OSError:
+            return False  # another user's, or somebody has it whom we cannot see
 
     # --- from outside ---------------------------------------------------------------------------------
 
@@ -147,7 +153,7 @@ class AgentVm(SupervisedVm):
         plan = await anyio.to_thread.run_sync(self._read, limiter=self._shared.planning)
         if not supervisor.differs(plan):
             return False
-        self._shared.tasks.start_soon(supervisor.apply, plan)
+        supervisor.apply(plan)
         return True
 
     # --- its life -------------------------------------------------------------------------------------
@@ -164,6 +170,7 @@ class AgentVm(SupervisedVm):
                     keeper=self._shared.keeper(self.name),
                     reread=self._read,
                     handed=handed,
+                    note_machine=self.note_machine,
                 )
                 self.tracker.set_links((link.index, link.mode) for link in plan.links)
                 if not self.was_left:  # what runs already needs no place in the queue
@@ -196,8 +203,10 @@ class AgentVm(SupervisedVm):
             self.tracker.note_end(datetime.now(UTC))
 
     async def _note_ready(self, vm: Vm) -> None:
-        await vm.ready.wait()
+        with anyio.move_on_after(PLACE_SECONDS):
+            await vm.ready.wait()
         self._release_place()
+        await vm.ready.wait()
         self.settled.set()
 
     def _release_place(self) -> None:
@@ -206,7 +215,7 @@ class AgentVm(SupervisedVm):
 
     def _fail(self, error: QrapdError) -> None:
         tell_failure(self._emit, error, vm=self.name)
-        self.tracker.note_failure(error.message, datetime.now(UTC))
+        self.tracker.note_failure(_words(error), datetime.now(UTC))
 
     def _read(self) -> Plan:
         plan = planning.resolve(vm_files.read(self.path))
@@ -219,3 +228,10 @@ class AgentVm(SupervisedVm):
             )
             raise ConfigurationError(str(self.path), [problem])
         return plan
+
+
+def _words(error: QrapdError) -> str:
+    """What went wrong, in one line: of a wrong file what is wrong with it, not how much."""
+    if not isinstance(error, ConfigurationError):
+        return error.message
+    return f"{error.path}: {'; '.join(str(problem) for problem in error.problems)}"

@@ -46,6 +46,8 @@ class Connection:
     status: ExitStatus | None = None
     """how our passt has ended"""
     hung_up: bool = False
+    pesto_socket: Path | None = None
+    """where our passt listens for pesto(1)"""
     held: bool = True
     """whether ``stream`` is the one that is in use: it may be lost with the supervisor that had it"""
     _since: float = field(default_factory=time.monotonic)
@@ -119,19 +121,54 @@ class Connection:
                 self.stream.socket.send(frame)
 
 
-async def acquire(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup) -> Connection:
+_deaf: set[str] = set()
+"""Programs that may not have a socket for pesto(1) on this host."""
+
+
+async def acquire(
+    plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup, *, pesto_socket: Path | None = None
+) -> Connection:
     """Get a stream to a passt that answers.
 
     :param directory: where a passt of ours works.
     :param tasks: where the task runs that hands on what it writes.
+    :param pesto_socket: where a passt of ours is to listen for pesto(1), if it can.
     :raise Unavailable: passt cannot be run, ended (its words are quoted), does not answer, or is not found.
     """
-    if plan.source == "managed":
-        return await _start_passt(plan, directory, emit, tasks)
-    return await _claim_passt(plan, emit)
+    if plan.source != "managed":
+        return await _claim_passt(plan, emit)
+    program = plan.passt[0]
+    if pesto_socket is None or plan.pesto is None or program in _deaf:
+        return await _start_passt(plan, directory, emit, tasks, None)
+    try:
+        return await _start_passt(plan, directory, emit, tasks, pesto_socket)
+    except Unavailable as error:
+        # AppArmor's profile of passt, for one, allows sockets in no place of ours. Better none than no passt.
+        if not _is_about_socket(error.message):
+            raise
+        _deaf.add(program)
+        emit(
+            "link.notice",
+            notice="its forwards change by a swap, as passt may not listen for pesto(1) at "
+            f"{pesto_socket}: {error.message}",
+        )
+    return await _start_passt(plan, directory, emit, tasks, None)
 
 
-async def _start_passt(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup) -> Connection:
+def _unlink(path: Path) -> None:
+    """Of the last passt, which leaves it."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _is_about_socket(words: str) -> bool:
+    """Whether passt ended for the path of its --conf-path: what it says of that, in 2026-10."""
+    return any(each in words for each in ("UNIX domain socket", "Socket path", "configuration path"))
+
+
+async def _start_passt(
+    plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskGroup, pesto_socket: Path | None
+) -> Connection:
     try:
         ours, passts = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
@@ -143,17 +180,20 @@ async def _start_passt(plan: LinkPlan, directory: Path, emit: Emit, tasks: TaskG
     widen(passts)
     stream = HeldStream(ours)
     try:
+        if pesto_socket is not None:
+            _unlink(pesto_socket)
         passt = await Passt.start(
             plan.passt,
             passts,
             directory=directory,
             tasks=tasks,
             tell=lambda line: emit("passt.output", line=line),
+            conf_path=pesto_socket,
         )
     except BaseException:
         stream.close()
         raise
-    connection = Connection(stream, passt, passt.pid, None)
+    connection = Connection(stream, passt, passt.pid, None, pesto_socket=pesto_socket)
     emit("passt.started", pid=passt.pid)
     try:
         await passt.wait_until_alive(ours, plan.mac)

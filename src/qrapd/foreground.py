@@ -124,6 +124,7 @@ class _Foreground:
             reread=reread,
             handed=handed,
             only_left=only_left,
+            note_machine=self._vm.note_machine,
         )
         self._vm.supervisor = self._supervisor
 

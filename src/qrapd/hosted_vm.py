@@ -7,35 +7,29 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from anyio.abc import TaskGroup
-
-from qrapd import forwards
 from qrapd.errors import Conflict, Unknown
 from qrapd.hosting import ForwardChange
 from qrapd.link import Link
 from qrapd.logs import Emit
 from qrapd.status_tracker import Measures, StatusTracker
 from qrapd.supervisor import Supervisor
-from qrapd.vm_status import VmStatus
 
 if TYPE_CHECKING:
     from qrapd.console import Console
+    from qrapd.vm import Vm
+    from qrapd.vm_status import VmStatus
 
 __all__ = ["SupervisedVm"]
 
 
 class SupervisedVm:
-    """One VM. It is a :class:`qrapd.hosting.HostedVm`.
+    """One VM. It is a :class:`qrapd.hosting.HostedVm`."""
 
-    :param tasks: where what takes a while goes on.
-    """
-
-    def __init__(self, tracker: StatusTracker, tasks: TaskGroup) -> None:
+    def __init__(self, tracker: StatusTracker) -> None:
         self.name = tracker.name
         self.tracker = tracker
         self.supervisor: Supervisor | None = None
         """None: nothing runs"""
-        self._tasks = tasks
 
     def track(self, emit: Emit) -> Emit:
         """An ``emit`` by which this VM's status is known as well."""
@@ -45,6 +39,10 @@ class SupervisedVm:
             self.tracker.note(event, fields, datetime.now(UTC))
 
         return tell
+
+    def note_machine(self, vm: Vm) -> None:
+        """There is another machine, with the NICs that its file asked for when it was started."""
+        self.tracker.set_links((link.plan.index, link.plan.mode) for link in vm.links)
 
     @property
     def status(self) -> VmStatus:
@@ -76,21 +74,20 @@ class SupervisedVm:
 
     async def reload(self) -> None:
         supervisor = self._required
-        plan = await supervisor.read_file()
-        self._tasks.start_soon(supervisor.apply, plan)
+        supervisor.apply(await supervisor.read_file())
 
     async def swap(self, link: int) -> None:
         self._link(link).renew()
 
     def forwards(self, link: int) -> Mapping[str, tuple[str, ...]]:
-        return forwards.current(self._required.file, link)
+        return self._required.forwards(link)
 
     async def change_forwards(
         self, link: int, *, add: Iterable[tuple[str, str]] = (), remove: Iterable[tuple[str, str]] = ()
     ) -> ForwardChange:
         self._link(link)
-        file = await self._required.change_forwards(link, add, remove)
-        return ForwardChange("swap", **forwards.current(file, link))
+        by = await self._required.change_forwards(link, add, remove)
+        return ForwardChange(by, **self._required.forwards(link))
 
     @property
     def _required(self) -> Supervisor:

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd import vital_signs
+from qrapd import forwards, pesto, vital_signs
 from qrapd.backoff import Backoff
 from qrapd.connection import Connection, acquire, watch_listeners
-from qrapd.errors import QmpFailed, QrapdError, Unavailable
+from qrapd.errors import Conflict, QmpFailed, QrapdError, Unavailable
 from qrapd.hub import HubPort
 from qrapd.left_behind import LeftLink, read_last_words
 from qrapd.link_lifecycle import Action, Event, State, advance
 from qrapd.logs import Emit
-from qrapd.passt import Passt
+from qrapd.passt import Passt, suggest
 from qrapd.plan import LinkPlan
 from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import LinkRecord, ProcessId
@@ -53,11 +53,19 @@ HANG_UP_GRACE = 0.25
 _PASSTS = ("source", "passt", "pattern", "listen_addresses")
 """What of a plan is passt's; another one takes another passt."""
 
-_RELOADABLE = (*_PASSTS, "allowed_uids", "stall_timeout", "guest_addresses")
+_RELOADABLE = (*_PASSTS, "allowed_uids", "stall_timeout", "guest_addresses", "pesto", "changed")
 
 
-def _passts(plan: LinkPlan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in _PASSTS}
+def _but_for_forwards(plan: LinkPlan) -> object:
+    """What of a plan is passt's and cannot change while passt runs."""
+    return plan.source, plan.pattern, forwards.without(plan.passt)
+
+
+def _is_same_passt(plan: LinkPlan, other: LinkPlan) -> bool:
+    """Whether a passt by one plan serves by the other. Where its forwards stand among its options is all the same."""
+    return _but_for_forwards(plan) == _but_for_forwards(other) and forwards.given(
+        plan.passt
+    ) == forwards.given(other.passt)
 
 
 def _serving_plan(plan: LinkPlan, record: LinkRecord) -> LinkPlan:
@@ -96,6 +104,8 @@ class Surroundings:
     """whether the machine is on its way out"""
     note_failed_start: Callable[[Unavailable], None]
     """called when a link has lost its passt before the VM was ready, with the reason"""
+    pesto_socket: Callable[[int], Path] | None = None
+    """where a link's passt is to listen for pesto(1)"""
 
 
 @dataclass
@@ -201,6 +211,7 @@ class Link:
         elif left.last_words is not None:
             tasks.start_soon(read_last_words, left.last_words, tell)
         connection = self._connection = self._take_over(record, left.end, passt)
+        connection.pesto_socket = self._pesto_socket
         if left.hidden:
             loss = _Loss("requested", time.monotonic(), "its passt cannot be told from other processes")
         elif record.passt is not None and passt is None:
@@ -237,6 +248,7 @@ class Link:
             inode=connection.stream.inode if connection else None,
             mac=self.plan.mac,
             argv=self._serving_plan.passt if self._serving_plan else None,
+            changed=self.plan.changed,
         )
 
     @property
@@ -284,6 +296,59 @@ class Link:
         """Wait for the end of what is under way."""
         await self._idle.wait()
 
+    async def tell(self, plan: LinkPlan) -> bool:
+        """Go by a plan with other forwards from now on by telling passt, which interrupts nothing.
+
+        Returns whether that could be done; if not, :meth:`reload` can do it.
+
+        :raise Conflict: passt has tried, and could not. All is as it was before.
+        """
+        connection, serving, before = self._connection, self._serving_plan, self.plan
+        if (
+            self.state is not State.UP
+            or connection is None
+            or connection.passt is None
+            or connection.pesto_socket is None
+            or not connection.pesto_socket.is_socket()
+            or plan.pesto is None
+            or serving is None
+            or _but_for_forwards(serving) != _but_for_forwards(plan)
+        ):
+            return False
+        # First what is wanted: should this supervisor end meanwhile, or passt, the next one goes by it.
+        self.plan, self._fallback = plan, serving
+        self._around.note_change()
+        hear = partial(connection.passt.hear_out, connection.passt.count)
+        told, old = (forwards.given(each.passt) for each in (plan, serving))
+        try:
+            await pesto.change(plan.pesto, str(connection.pesto_socket), told, old, hear)
+        except pesto.Refused as refusal:
+            self.plan, self._fallback = before, None
+            self._around.note_change()
+            if not refusal.undone:
+                self.renew()  # what it forwards now is not known
+            # As root, passt gives up more than we have: what we might bind is denied to it.
+            denied = "Permission denied" in str(refusal) or None
+            hint = suggest(str(refusal), unprivileged=denied)
+            raise Conflict(f"passt could not do it: {refusal}", hint=hint) from refusal
+        except Unavailable as error:
+            self._emit("link.notice", notice=f"passt could not be told of other forwards: {error.message}")
+            return False
+        if connection is not self._connection or self.state is not State.UP:
+            return False  # lost meanwhile
+        self._serving_plan, self._fallback = plan, None
+        self._around.note_change()
+        self._tell_forwards("pesto")
+        return True
+
+    def _tell_forwards(self, how: str) -> None:
+        now = forwards.given(self.plan.passt)
+        self._emit("link.forwards", by=how, tcp=now["tcp"], udp=now["udp"])
+
+    @property
+    def _pesto_socket(self) -> Path | None:
+        return self._around.pesto_socket and self._around.pesto_socket(self.plan.index)
+
     def reload(self, plan: LinkPlan) -> bool:
         """Go by another plan from now on, as far as the NIC that is there allows it.
 
@@ -295,6 +360,7 @@ class Link:
         if plan.stall_timeout != self.plan.stall_timeout:
             self._judge = StallJudge(plan.stall_timeout)
         self.plan = replace(self.plan, **{name: getattr(plan, name) for name in _RELOADABLE})
+        self._around.note_change()
         self.fell_back = False
         if not (self.state in {State.WAITING, State.FAILED} or self.is_outdated):
             return False
@@ -311,7 +377,7 @@ class Link:
     @property
     def is_outdated(self) -> bool:
         """Whether passt is another one than the plan wants, or its program has been upgraded."""
-        if self._serving_plan is not None and _passts(self._serving_plan) != _passts(self.plan):
+        if self._serving_plan is not None and not _is_same_passt(self._serving_plan, self.plan):
             return True
         passt = self._connection.passt if self._connection else None
         return passt is not None and passt.is_outdated
@@ -431,7 +497,9 @@ class Link:
         return HubPort(self.plan.index, self.plan.hub, self.plan.nic)
 
     async def _get_connection(self, tasks: TaskGroup) -> Connection:
-        return await acquire(self.plan, self._around.directory, self._emit, tasks)
+        return await acquire(
+            self.plan, self._around.directory, self._emit, tasks, pesto_socket=self._pesto_socket
+        )
 
     async def _acquire(self) -> None:
         assert self._tasks is not None
@@ -471,7 +539,8 @@ class Link:
         """A change of the file that does not work must not cost a guest the network that it had."""
         if self._fallback is None:
             return
-        self.plan, self._fallback = replace(self.plan, **_passts(self._fallback)), None
+        back = {name: getattr(self._fallback, name) for name in (*_PASSTS, "changed")}
+        self.plan, self._fallback = replace(self.plan, **back), None
         self.fell_back = True
         self._emit(
             "link.notice",
@@ -511,7 +580,7 @@ class Link:
         outage = time.monotonic() - self._loss.at
         self.generation += 1
         self._loss = None
-        self._serving_plan, self._fallback = self.plan, None
+        served, self._serving_plan, self._fallback = self._serving_plan, self.plan, None
         self._judge.reset()
         if self._crashing:
             self._backoff.succeed()
@@ -526,6 +595,8 @@ class Link:
             passt_pid=self._connection.pid,
             socket=self._connection.path,
         )
+        if served is not None and forwards.given(served.passt) != forwards.given(self.plan.passt):
+            self._tell_forwards("swap")
         self._forget_listeners()
 
     # --- being lost -----------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ EVENTS: Mapping[str, EventKind] = {
         "e5e4db7b16b84a7a98bcd4a317c1010c",
         "back after {outage_ms} ms on another passt (pid {passt_pid}), generation {generation}",
     ),
+    "link.forwards": EventKind(
+        "info", "114a47e1d58940cd9b12a62dc6c3223a", "forwards tcp {tcp} and udp {udp} from now on (by {by})"
+    ),
     "link.failed": EventKind(
         "error",
         "8dde992c2d3c4d1fa8284503465a1f7d",

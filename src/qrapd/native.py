@@ -77,7 +77,8 @@ class NativeLink(Link):
     @property
     def process_id(self) -> ProcessId | None:
         """The passt that serves this link now, as far as is known."""
-        return self._served_by if self.state is LinkState.UP else None
+        # After an adoption it is not looked at yet, and whoever comes next must still know it.
+        return self._served_by if self.state is LinkState.UP else self._left_with
 
     _served_by: ProcessId | None = None
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import os
 import re
+import select
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,14 +31,21 @@ ANSWER_TIMEOUT = 10.0
 END_GRACE = 1.0
 """Seconds for a passt to end when its client has hung up, and again after SIGTERM. It takes about a millisecond."""
 
+HEARING_TIMEOUT = 1.0
+"""Seconds to read what passt has written, which is there already."""
+
 _REMEMBERED_LINES = 20
 _REST_OF_FRAME = 0.001  # seconds until another look at a frame of which a part is there
 _PEEK_SIZE = 128 * 1024  # more than passt's largest frame, 65535 bytes and its length word
 
 
-def command_line(argv: Sequence[str], fd: int | str) -> list[str]:
-    """The whole command line of a passt that serves the stream on ``fd``; ``argv`` is program and options."""
-    return [*argv, "--foreground", "--fd", str(fd)]
+def command_line(argv: Sequence[str], fd: int | str, conf_path: Path | str | None = None) -> list[str]:
+    """The whole command line of a passt that serves the stream on ``fd``; ``argv`` is program and options.
+
+    :param conf_path: where it listens for pesto(1).
+    """
+    conf = [] if conf_path is None else ["--conf-path", str(conf_path)]
+    return [*argv, *conf, "--foreground", "--fd", str(fd)]
 
 
 class Passt:
@@ -49,6 +57,8 @@ class Passt:
         self._identity = _identify(program)
         self._silent = anyio.Event()
         self.words: collections.deque[str] = collections.deque(maxlen=_REMEMBERED_LINES)
+        self.count = 0
+        """of lines that it wrote"""
 
     @property
     def pid(self) -> int:
@@ -75,17 +85,19 @@ class Passt:
         directory: Path,
         tasks: TaskGroup,
         tell: Callable[[str], None],
+        conf_path: Path | None = None,
     ) -> Passt:
         """Start passt on ``stream``, which is closed here once passt has it.
 
         :param argv: the program and its options, without those that are ours.
         :param tasks: where the task runs that hands each line of output to ``tell``.
+        :param conf_path: where it listens for pesto(1).
         :raise Unavailable: the program cannot be run.
         """
         fd = stream.fileno()
         with stream:
             try:
-                process = await spawn(command_line(argv, fd), pass_fds=[fd], directory=directory)
+                process = await spawn(command_line(argv, fd, conf_path), pass_fds=[fd], directory=directory)
             except OSError as error:
                 raise cannot_run(argv[0], directory, error) from error
         passt = cls(process, Path(argv[0]))
@@ -177,11 +189,19 @@ class Passt:
         """Let it run on for another qrapd."""
         self._process.let_go()
 
+    async def hear_out(self, count: int) -> list[str]:
+        """All that it has written up to now, from its line ``count`` on, of the last lines that are remembered."""
+        with anyio.move_on_after(HEARING_TIMEOUT):
+            while self.output >= 0 and _waits(self.output):  # noqa: ASYNC110 (for a millisecond)
+                await anyio.sleep(_REST_OF_FRAME)
+        return [*self.words][max(0, len(self.words) - (self.count - count)) :]
+
     async def _listen(self, tell: Callable[[str], None]) -> None:
         try:
             async for line in read_lines(self._process.output):
                 if not is_noise(line):
                     self.words.append(line)
+                    self.count += 1
                     tell(line)
         finally:
             self._process.output = -1  # closed: nobody is to be given it
@@ -196,6 +216,10 @@ class Passt:
             )
         last = self.words[-1].strip() if self.words else "(nothing)"
         return Unavailable(f"passt ended at once ({status}). It wrote: {last}", hint=suggest(last))
+
+
+def _waits(fd: int) -> bool:
+    return bool(select.select([fd], [], [], 0)[0])
 
 
 def _identify(program: Path) -> tuple[int, ...] | None:
@@ -259,7 +283,7 @@ def suggest(
 
 def _host_ports(words: str) -> list[int]:
     """The ports of this host that a complaint is about: 81 for ``… for option '-t 127.0.0.1/81:80', exiting``."""
-    if named := re.search(r"\bport (\d+)", words):
+    if named := re.search(r"\bport (?:[^\s/]+/)?(\d+)", words):
         return [int(named[1])]
     option = re.search(r"-[tu] ([^\s']+)", words)
     specs = option[1].rpartition("/")[2].split(",") if option else []

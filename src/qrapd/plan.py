@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 from qrapd import binaries
 from qrapd.config import Link, Restart, VmConfiguration, VmFile, chooses_accelerator
 from qrapd.errors import ConfigurationError, Problem, Unavailable
+from qrapd.forwards import Changed, Ports, family, put
 from qrapd.hub_mtu import check_mtu, limit_mtu
 from qrapd.link_modes import Installed, check_mode
 from qrapd.passt_options import check_against_help, read_help
@@ -21,7 +23,7 @@ from qrapd.qemu_arguments import Endpoints, command_line, nic_id, sandbox
 from qrapd.runtime_directory import SUN_PATH_MAX
 from qrapd.vital_signs import ListenAddress, listen_addresses
 
-__all__ = ["LinkPlan", "Plan", "resolve"]
+__all__ = ["LinkPlan", "Plan", "forwarding", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class LinkPlan:
     guest_addresses: tuple[str, ...] = ()
     """of a guest that does not use its lease"""
     mode: Literal["swap", "vhost-user", "native"] = "swap"
+    pesto: str | None = None
+    """the program by which a managed passt is told of other forwards, where passt listens to it"""
+    changed: Changed | None = None
+    """forwards of ``passt`` that are not the file's, but were asked for at run time"""
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,28 @@ def _plan_link(index: int, configuration: VmConfiguration, passt: str | None) ->
         stall_timeout=link.stall_timeout,
         listen_addresses=listen_addresses(link.passt.model_dump()),
         guest_addresses=tuple(link.guest_addresses),
+        pesto=_find_pesto(link, passt),
     )
+
+
+def _find_pesto(link: Link, passt: str | None) -> str | None:
+    """Where pesto(1) is, if this passt listens to it: beside passt, as it comes with it, or on PATH."""
+    if passt is None or link.mode != "swap":
+        return None
+    if "conf-path" not in read_help(binaries.passt_help(passt)):
+        return None
+    for name in (str(Path(passt).with_name("pesto")), "pesto"):
+        with suppress(Unavailable):
+            return binaries.find_binary(name)
+    return None
+
+
+def forwarding(link: LinkPlan, ports: Ports, changed: Changed | None) -> LinkPlan:
+    """The plan of a link with other forwards."""
+    only = family(link.passt)
+    options = {"tcp_ports": ports["tcp"], "ipv4_only": only == 4, "ipv6_only": only == 6}
+    passt, addresses = put(link.passt, ports), listen_addresses(options)
+    return replace(link, passt=passt, listen_addresses=addresses, changed=changed)
 
 
 def _find_binary(name: str, configuration: VmConfiguration) -> str:

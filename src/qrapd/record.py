@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qrapd.forwards import Changed
 from qrapd.process import Hidden, start_time
 
 __all__ = ["LinkRecord", "ProcessId", "Record", "Unusable", "read", "write"]
@@ -70,7 +71,9 @@ class LinkRecord:
     mac: str | None = None
     """the guest's"""
     argv: tuple[str, ...] | None = None
-    """program and options by which passt was started; None: not known"""
+    """program and options by which passt goes; None: not known"""
+    changed: Changed | None = None
+    """its forwards, where they were changed at run time"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,11 @@ class Record:
 def write(path: Path, record: Record) -> None:
     """Replace the record atomically: a reader sees the old one or the new one, never half."""
     temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({"version": VERSION, **asdict(record)}) + "\n")
+    data = {"version": VERSION, **asdict(record)}
+    for link in data["links"]:
+        if link["changed"] is None:
+            del link["changed"]  # which an older qrapd, gone back to, does not know
+    temporary.write_text(json.dumps(data) + "\n")
     os.replace(temporary, path)  # noqa: PTH105 (says "atomically" to a reader; Path.replace is the same call)
 
 
@@ -120,8 +127,20 @@ def read(path: Path) -> Record | None:
 def _link(data: dict[str, Any]) -> LinkRecord:
     argv = data.get("argv")
     return LinkRecord(
-        **{**data, "passt": _process(data["passt"]), "argv": None if argv is None else tuple(argv)}
+        **{
+            **data,
+            "passt": _process(data["passt"]),
+            "argv": None if argv is None else tuple(argv),
+            "changed": _changed(data.get("changed")),
+        }
     )
+
+
+def _changed(data: dict[str, Any] | None) -> Changed | None:
+    if data is None:
+        return None
+    now, file = (tuple((str(a), str(b)) for a, b in data[name]) for name in ("now", "file"))
+    return Changed(now, file)
 
 
 def _process(data: dict[str, Any] | None) -> ProcessId | None:

@@ -7,24 +7,27 @@ Who asks for what is not known here: signals (:mod:`qrapd.foreground`), or calle
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable
+import traceback
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import anyio.to_thread
+from anyio.abc import TaskGroup
 
-from qrapd import config, forwards
+from qrapd import config, forwards, pesto
 from qrapd import plan as planning
 from qrapd.backoff import Backoff
 from qrapd.config import VmFile
 from qrapd.errors import ConfigurationError, Conflict, QemuFailed, QrapdError
-from qrapd.forwards import Forward
+from qrapd.forwards import Changed, Forward, Ports
 from qrapd.handover import HandedOver
 from qrapd.left_behind import Left, look_for_left
 from qrapd.lifecycle import Reason
+from qrapd.link import Link
 from qrapd.logs import Emit
 from qrapd.plan import Plan
 from qrapd.reload import Changes, compare
@@ -50,6 +53,7 @@ class Supervisor:
     :param keeper: keeps fds for the supervisor that comes after this one.
     :param handed: the fds that an earlier supervisor has had kept.
     :param only_left: do nothing if no VM was left running.
+    :param note_machine: is told of each machine before anything of it runs: it may have other NICs than the last one.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Supervisor:
         reread: Callable[[], Plan] | None = None,
         handed: HandedOver | None = None,
         only_left: bool = False,
+        note_machine: Callable[[Vm], None] = lambda _: None,
     ) -> None:
         self.plan = plan
         """by which the VM is started next time"""
@@ -74,6 +79,9 @@ class Supervisor:
         self._reread = reread
         self._handed = handed or HandedOver()
         self._only_left = only_left
+        self._note_machine = note_machine
+        self._tasks: TaskGroup | None = None
+        """where what takes a while goes on, for as long as the VM runs"""
         self._reloading = anyio.Lock()
         self._stopped = anyio.Event()
         self._backoff = Backoff(plan.restart.limit, plan.restart.window)
@@ -146,25 +154,81 @@ class Supervisor:
         there = (self.plan.file, self.plan.links)
         return (plan.file, plan.links) != there or any(link.is_outdated for link in links)
 
-    async def change_forwards(self, link: int, add: Iterable[Forward], remove: Iterable[Forward]) -> VmFile:
-        """Forward other ports from now on, until the VM ends or its file is read again. Returns what it goes by now.
+    def forwards(self, index: int) -> Ports:
+        """What a link forwards now.
+
+        :raise Unknown: there is no such link.
+        :raise Conflict: its passt is not qrapd's own, or there is no file.
+        """
+        ports = forwards.current(self.file, index)
+        link = self._find_link(index)
+        return ports if link is None else forwards.given(link.plan.passt)
+
+    async def change_forwards(
+        self, index: int, add: Iterable[Forward], remove: Iterable[Forward]
+    ) -> Literal["pesto", "swap", "nothing"]:
+        """Forward other ports, until the VM ends or its file has others. Returns how; ``nothing``: it is so already.
+
+        A swap is begun when this returns; what pesto(1) does is done.
 
         :raise ConfigurationError: a forward that is not right, or that clashes with another.
         :raise Unknown: there is no such link, or no such forward to remove.
-        :raise Conflict: its passt is not qrapd's own, or there is no file.
+        :raise Conflict: its passt is not qrapd's own, or there is no file, or a port is taken.
         """
         async with self._reloading:
-            data = forwards.change(self.file, link, add, remove)
-            assert self.plan.path is not None
-            configuration = config.check(data, self.plan.path)
-            plan = await anyio.to_thread.run_sync(planning.resolve, configuration, abandon_on_cancel=True)
-            await self._apply(plan)
-        return configuration.file
+            await self.wait_until_ready()
+            now = self.forwards(index)
+            link = self._find_link(index)
+            if link is None or link.plan.mode == "native":
+                raise Conflict(
+                    f"QEMU runs the passt of link {index}, and tells it nothing",
+                    hint="change the VM's file, and restart the VM; or give the link mode = 'swap'",
+                )
+            wanted = forwards.change(index, now, add, remove)
+            if wanted == now:
+                return "nothing"
+            await self._check_forwards(index, link, wanted, now)
+            changed = Changed.between(forwards.current(self.file, index), wanted)
+            plan = planning.forwarding(link.plan, wanted, changed)
+            # Whoever has asked may hang up; half a change would be none that is known.
+            with anyio.CancelScope(shield=True):
+                told = await link.tell(plan)
+                if not told:
+                    link.reload(plan)
+            return "pesto" if told else "swap"
 
-    async def apply(self, plan: Plan) -> None:
-        """Go by another plan from now on, as far as a machine that runs can take it."""
-        async with self._reloading:
-            await self._apply(plan)
+    async def _check_forwards(self, index: int, link: Link, wanted: Ports, now: Ports) -> None:
+        """Refuse what cannot be, while nothing is touched."""
+        assert self.plan.path is not None
+        changed = {
+            each.plan.index: each.plan.changed.ports
+            for each in (self.vm.links if self.vm is not None else ())
+            if each.plan.changed is not None and each.plan.changed.holds(self._file, each.plan.index)
+        }
+        config.check(forwards.as_data(self.file, {**changed, index: wanted}), self.plan.path)
+        only = forwards.family(link.plan.passt)
+        if taken := await anyio.to_thread.run_sync(pesto.taken, wanted, now, only):
+            raise Conflict(
+                f"somebody has it already: {', '.join(taken)}",
+                hint="see who: ss -lntup (as root it names the process)",
+            )
+
+    def _find_link(self, index: int) -> Link | None:
+        links = self.vm.links if self.vm is not None and self.vm.ready.is_set() else []
+        return next((link for link in links if link.plan.index == index), None)
+
+    def apply(self, plan: Plan) -> None:
+        """Go by another plan, as far as a machine that runs can take it; once it does, if it is not up yet."""
+        if self._tasks is not None:
+            self._tasks.start_soon(self._apply_in_turn, plan)
+
+    async def _apply_in_turn(self, plan: Plan) -> None:
+        try:
+            async with self._reloading:
+                await self._apply(plan)
+        except Exception as error:  # a bug of ours is no reason to end a VM that runs
+            trace = traceback.format_exc()
+            self._emit("bug.found", where="another file applied", error=repr(error), trace=trace)
 
     # --- a VM's runs ----------------------------------------------------------------------------------
 
@@ -179,7 +243,10 @@ class Supervisor:
             if left is None and (self._only_left or self._stopped.is_set()):
                 return Outcome(Reason.REQUEST)
             self._begin(self.plan, left)
-            return await self._keep_running(companion)
+            async with anyio.create_task_group() as self._tasks:
+                outcome = await self._keep_running(companion)
+                self._tasks.cancel_scope.cancel()
+            return outcome
 
     async def _keep_running(self, companion: Companion | None) -> Outcome:
         while True:
@@ -237,7 +304,12 @@ class Supervisor:
         fitting = left.fit(plan) if left is not None else plan
         for link in _differing(plan, fitting):
             self._emit("link.notice", link=link, notice=_OTHER_NIC)
+        if left is not None:
+            fitting = self._keep_forwards(
+                fitting, {link.index: link.changed for link in left.record.links if link.changed is not None}
+            )
         self.vm = Vm(fitting, self.directory, self._tell, keeper=self._keeper, left=left)
+        self._note_machine(self.vm)
         if self._stopped.is_set():
             self.vm.stop()
         renewed, self._renewed = self._renewed, anyio.Event()
@@ -284,7 +356,8 @@ class Supervisor:
         self.plan = replace(plan, name=self.plan.name)
         vm = await self.wait_until_ready()
         changes = self._compare(plan, vm)
-        renewed = vm.reload(self.plan)
+        changed = {link.plan.index: link.plan.changed for link in vm.links if link.plan.changed is not None}
+        renewed = vm.reload(self._keep_forwards(self.plan, changed))
         self._file = plan.file
         self._emit(
             "vm.reloaded",
@@ -292,6 +365,16 @@ class Supervisor:
             applied=[*changes.applied, *changes.swapped],
             needs_restart=[*changes.needing_restart],
         )
+
+    def _keep_forwards(self, plan: Plan, changed: Mapping[int, Changed]) -> Plan:
+        """What was asked for at run time holds on where the file says what it said then."""
+        links = tuple(
+            planning.forwarding(link, there.ports, there)
+            if (there := changed.get(link.index)) is not None and there.holds(self.plan.file, link.index)
+            else link
+            for link in plan.links
+        )
+        return replace(plan, links=links)
 
     def _compare(self, plan: Plan, vm: Vm) -> Changes:
         """What is new since the file was read last, and what the machine that runs still lacks."""

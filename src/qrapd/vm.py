@@ -103,6 +103,7 @@ class Vm:
             keeper=keeper,
             is_ending=self._is_ending,
             note_failed_start=self._note_failed_start,
+            pesto_socket=directory.pesto_socket,
         )
         limits = plan.restart
         self.links = [
@@ -268,6 +269,7 @@ class Vm:
             status=self._machine,
             links=len(self.links),
             generations=[link.generation for link in self.links],
+            passt_pids=[link.record.passt_pid for link in self.links],
         )
 
     def _seconds(self, deadline: Deadline) -> float:

@@ -98,6 +98,7 @@ class Forwards(_Model):
 class ForwardsChanged(Forwards):
     """What came of the change, and what is forwarded now."""
 
-    by: Literal["pesto", "swap"] = Field(
-        description="pesto: passt was told, nothing was interrupted; swap: another passt has taken its place"
+    by: Literal["pesto", "swap", "nothing"] = Field(
+        description="pesto: passt was told, nothing was interrupted; swap: another passt takes its place; "
+        "nothing: it was so already"
     )

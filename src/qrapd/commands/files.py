@@ -44,14 +44,17 @@ def check(files: tuple[str, ...], **_: object) -> int:
 def plan(file: str, as_json: bool, **_: object) -> None:
     """Print the passt and QEMU command lines that `run` would use.
 
-    Words in capitals, like LINK0_FD, stand for file descriptors that qrapd makes and hands over.
+    Words in capitals, like LINK0_FD, stand for file descriptors that qrapd makes and hands over; LINK0_PESTO_SOCKET for
+    a path in the runtime directory.
     """
     from qrapd.passt import command_line
     from qrapd.qemu_arguments import Endpoints
 
     made = read_plan(file)
     passts = [
-        command_line(link.passt, f"LINK{link.index}_PASST_FD")
+        command_line(
+            link.passt, f"LINK{link.index}_PASST_FD", f"LINK{link.index}_PESTO_SOCKET" if link.pesto else None
+        )
         if link.passt and link.mode != "native"
         else None
         for link in made.links

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``qrapd forward``: forwarded ports of a VM that runs, which last until it ends."""
+"""``qrapd forward``: forwarded ports of a VM that runs, which hold until it ends."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _timeout_option = click.option(
 def forward() -> None:
     """Ports of the host that lead into the guest: add or remove some, or list them.
 
-    Changes hold until the VM ends; its file stays as it is. Where passt can be told (by pesto(1)) nothing is
-    interrupted; else another passt takes the place of the one that runs.
+    Changes hold until the VM ends, or its file gets other ports and is read again; the file stays as it is. Where passt
+    can be told (by pesto(1)) connections stay; else another passt takes the place of the one that runs.
     """
 
 
@@ -106,10 +106,12 @@ def _tell(name: str, link: int, answer: dict[str, Any], ended: Any, *, as_json: 
         now = "; ".join(
             f"{protocol} {', '.join(answer[protocol])}" for protocol in ("tcp", "udp") if answer.get(protocol)
         )
-        means = (
-            "passt was told (pesto), nothing was interrupted"
-            if answer.get("by") == "pesto"
-            else "by a swap: another passt has taken its place, connections have to be made anew"
+        means = {
+            "pesto": "passt was told (pesto), nothing was interrupted",
+            "nothing": "as before: there was nothing to do",
+        }.get(
+            str(answer.get("by")),
+            "by a swap: another passt has taken its place, connections have to be made anew",
         )
         click.echo(f"{name}: link {link} forwards {now or 'nothing'} ({means})")
     if not ended.verdict.ok:
