@@ -380,7 +380,8 @@ class Agent:
         self._emit("agent.stopping", how=how, vms=len(running))
         seconds = max((vm.stop_seconds for vm in running), default=0.0) if self._power_down else LEAVE_TIMEOUT
         usec = round((seconds + STOP_MARGIN) * 1_000_000)
-        self._notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=usec)
+        if not self._upgrade:  # systemd would wait for this process to end, and then kill it
+            self._notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=usec)
         with anyio.move_on_after(seconds + STOP_MARGIN if self._power_down else seconds):
             async with anyio.create_task_group() as tasks:
                 for vm in running:

@@ -29,8 +29,9 @@ from qrapd.vm import Vm
 __all__ = ["AgentVm", "Shared"]
 
 PLACE_SECONDS = 10.0
-"""That a start may keep another one waiting: it takes 0.3 s, on a busy host a few. What takes longer waits for something
-else than a processor (QEMU has 120 s to set up the guest's memory), and a few that hang must not keep all others down."""
+"""For which a start may keep others waiting: it takes 0.3 s, on a busy host a few. What takes longer waits for
+something else than a processor, maybe for nothing (QEMU has 120 s to say a word), and a few of those must not keep all
+others down."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class AgentVm(SupervisedVm):
         self._ended = anyio.Event()
         self._ended.set()
         self._preparing = anyio.CancelScope()
+        self._asked: Callable[[Supervisor], None] | None = None
+        """for the supervisor that is to come: what runs has to be taken over before it can be ended"""
 
     @property
     def runs(self) -> bool:
@@ -97,17 +100,23 @@ class AgentVm(SupervisedVm):
         """
         self.is_new = False
         self._ended, self.settled = anyio.Event(), anyio.Event()
-        self._preparing = anyio.CancelScope()
+        self._preparing, self._asked = anyio.CancelScope(), None
         self.tracker.begin(datetime.now(UTC))
         self._shared.tasks.start_soon(self._live, handed)
 
     async def stop(self) -> None:
-        self._preparing.cancel()
+        self._give_up_start(Supervisor.stop)
         await super().stop()
 
     async def kill(self) -> None:
-        self._preparing.cancel()
+        self._give_up_start(Supervisor.kill)
         await super().kill()
+
+    def _give_up_start(self, how: Callable[[Supervisor], None]) -> None:
+        if self.runs and self.supervisor is None and self.was_left:
+            self._asked = how
+        else:
+            self._preparing.cancel()
 
     async def restart(self) -> None:
         if self.supervisor is None and not self.runs:
@@ -162,7 +171,7 @@ class AgentVm(SupervisedVm):
         """From a start to its end. A failure, and a bug even, is told and goes no further: there are other VMs."""
         try:
             with self._preparing:
-                plan = await anyio.to_thread.run_sync(self._read, limiter=self._shared.planning)
+                plan = await self._make_plan()
                 supervisor = Supervisor(
                     plan,
                     self._shared.base,
@@ -170,12 +179,15 @@ class AgentVm(SupervisedVm):
                     keeper=self._shared.keeper(self.name),
                     reread=self._read,
                     handed=handed,
+                    only_left=not plan.can_start,
                     note_machine=self.note_machine,
                 )
                 self.tracker.set_links((link.index, link.mode) for link in plan.links)
                 if not self.was_left:  # what runs already needs no place in the queue
                     await self._shared.starting.acquire_on_behalf_of(self)
                 self.supervisor = supervisor
+                if self._asked is not None:
+                    self._asked(supervisor)
             if self.supervisor is not None:
                 await self._supervise(self.supervisor)
             else:
@@ -193,6 +205,16 @@ class AgentVm(SupervisedVm):
             self.supervisor = None
             self.settled.set()
             self._ended.set()
+
+    async def _make_plan(self) -> Plan:
+        """By the file; where that is wrong, what runs is taken over all the same: nobody else would look after it."""
+        try:
+            return await anyio.to_thread.run_sync(self._read, limiter=self._shared.planning)
+        except QrapdError as error:
+            if not self.was_left:
+                raise
+            tell_failure(self._shared.emit, error, vm=self.name)
+            return planning.unreadable(self.path)
 
     async def _supervise(self, supervisor: Supervisor) -> None:
         outcome = await supervisor.run(self._note_ready)

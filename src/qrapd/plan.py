@@ -89,6 +89,27 @@ class Plan:
     advice: str = "see the line that was run with `qrapd plan`"
     """what to do when QEMU fails for no reason that is known"""
 
+    @property
+    def can_start(self) -> bool:
+        """False: it is enough to take over what runs, and no more."""
+        return bool(self.qemu)
+
+
+def unreadable(path: Path) -> Plan:
+    """For a VM whose file is wrong: enough to take over by its record what runs of it, and no more."""
+    configuration = VmConfiguration(path, path.stem, VmFile())
+    return Plan(
+        name=path.stem,
+        qemu="",
+        command_line=partial(command_line, configuration, "", kvm=False),
+        directory=path.parent,
+        passt_directory=path.parent,
+        links=(),
+        powerdown_timeout=configuration.qemu.powerdown_timeout,
+        quit_timeout=configuration.qemu.quit_timeout,
+        path=path,
+    )
+
 
 def resolve(configuration: VmConfiguration) -> Plan:
     """Settle everything that depends on the host; starts nothing but programs that tell what they can do.

@@ -213,9 +213,11 @@ class VmDirectory:
                     hint=f"see who it is with `fuser -v {path}`, or run this one under another name",
                 )
             if _is_same_file(lock, path):
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
                 self._lock = lock
+                # It is the lock that counts: a full /run must not keep a VM from being taken over.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(lock, 0)
+                    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
                 return
             os.close(lock)  # the last supervisor removed the file after we had opened it
 

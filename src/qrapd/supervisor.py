@@ -261,7 +261,9 @@ class Supervisor:
             limits = self.plan.restart
             if self._again:
                 self._again, self._hurry = False, anyio.Event()
-                await self._read_again()
+                error = await self._read_again()
+                if error is not None and not self.plan.can_start:
+                    return Outcome(Reason.FAILED, error)
                 self._begin_anew()
                 continue
             if self._leaving or not is_wanted(
@@ -291,18 +293,21 @@ class Supervisor:
         with anyio.move_on_after(delay):
             await _first_of(self._stopped, self._hurry)
 
-    async def _read_again(self) -> None:
+    async def _read_again(self) -> QrapdError | None:
+        """Go by the file as it is now; returns what is wrong with it, where the old plan is what there is."""
         if self._reread is None:
-            return
+            return None
         try:
             self.plan = replace(await self.read_file(), name=self.plan.name)
             self._file = self.plan.file
         except QrapdError as error:
             self._refuse(error)
+            return error
+        return None
 
     def _begin(self, plan: Plan, left: Left | None = None) -> None:
         fitting = left.fit(plan) if left is not None else plan
-        for link in _differing(plan, fitting):
+        for link in _differing(plan, fitting) if plan.can_start else ():
             self._emit("link.notice", link=link, notice=_OTHER_NIC)
         if left is not None:
             fitting = self._keep_forwards(

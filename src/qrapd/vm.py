@@ -219,7 +219,8 @@ class Vm:
                 tasks.start_soon(self._adopt, tasks)
             case Action.ANNOUNCE_ADOPTED:
                 self._announce_adopted()
-                tasks.start_soon(self._watch_for_hangs)
+                if self.links:
+                    tasks.start_soon(self._watch_for_hangs)
             case Action.STAND_BACK:
                 self._stand_back()
             case Action.START_LINKS:

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What goes wrong with one VM of the agent, with its host or with its callers is nothing to the other VMs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent_runner import AgentHost, AgentRun, Status, agent_host, identity, patched, wait_until
+from qrapd.errors import ExitStatus
+from qrapd.qmp import COMMAND_TIMEOUT
+from support import PATIENCE, Run, free_port
+
+
+@pytest.fixture
+def host(place: Path) -> Iterator[AgentHost]:
+    """A host that has nothing yet."""
+    with agent_host(place) as made:
+        yield made
+
+
+def power_off(agent: AgentRun, host: AgentHost) -> None:
+    """As when the host goes down: the agent ends, and all its VMs."""
+    assert ExitStatus.OK == agent.stop(signal.SIGPWR)
+    host.assert_nothing_left()
+
+
+# ---- one VM
+
+
+def test_starts_that_fail(host: AgentHost) -> None:
+    """Each is failed with its reason; the others run, and a restart after a repair does as well."""
+    host.write("good", links=2)
+    taken = host.write("taken")
+    missing = host.write("missing", qemu='binary = "qemu-system-none"\npowerdown_timeout = 0.2')
+    host.write("refused", args=["-nonsense"])
+    host.write("dies", args=["-version"])
+    (host.vms / "wrong.toml").write_text("autostart = true\n[qemu]\nmemory = 1\n")
+    (host.vms / "named.toml").write_text('autostart = true\nname = "other"\n')
+    reasons = {
+        "taken": "Failed to bind any port",
+        "missing": "qemu-system-none",
+        "refused": "-nonsense",
+        "dies": "before its monitor said a word",
+        "wrong": "memory",
+        "named": "named.toml",
+    }
+    with socket.create_server(("127.0.0.1", taken.ports[0])), host.agent() as agent:
+        agent.wait_for("agent.ready")
+        agent.wait_state("good", "ready")
+        for name, reason in reasons.items():
+            status = agent.wait_state(name, "failed")
+            assert reason in status["error"], status
+            assert status["qemu_pid"] is None
+        good = identity(agent.status("good"))
+        missing.path.write_text(missing.path.read_text().replace('binary = "qemu-system-none"', ""))
+        agent.act("missing", "start")
+        agent.wait_state("missing", "ready")
+        agent.act("dies", "restart")
+        wait_until(lambda: len(agent.told("run.failed", vm="dies")) == 2, "it has failed again")
+        agent.wait_state("dies", "failed")
+        assert good == identity(agent.status("good"))
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+DEFECTS = """
+import dataclasses
+from qrapd import plan
+from qrapd.supervisor import Supervisor
+resolve, apply = plan.resolve, Supervisor._apply
+seen = []
+def fail(*_):
+    raise RuntimeError("a defect")
+def broken(configuration):
+    made = resolve(configuration)
+    if made.name == "spawns":
+        return dataclasses.replace(made, command_line=fail)
+    if made.name == "reads":
+        seen.append(1)
+        if len(seen) > 1:
+            fail()
+    return made
+async def broken_apply(self, plan):
+    if self.plan.name == "applies":
+        fail()
+    await apply(self, plan)
+plan.resolve, Supervisor._apply = broken, broken_apply
+"""
+
+
+def test_a_bug_in_one_vm(host: AgentHost) -> None:
+    """While it starts, while its file is read again, while that is applied: it is told, and is that VM's alone."""
+    names = ["applies", "good", "reads"]
+    files = {name: host.write(name) for name in [*names, "spawns"]}
+    with host.agent(prefix=patched(DEFECTS)) as agent:
+        agent.wait_for("agent.ready")
+        before = {name: identity(each) for name, each in agent.wait_all("ready", names).items()}
+        spawns = agent.wait_state("spawns", "failed")
+        assert "a bug in qrapd" in spawns["error"]
+        assert [child for child in host.known.values() if child.alive] != []
+
+        for vm in files.values():
+            vm.path.write_text(vm.path.read_text().replace(str(vm.ports[0]), str(free_port())))
+        agent.process.send_signal(signal.SIGHUP)
+        agent.wait_for("agent.reloaded")
+        agent.wait_for("link.restored", vm="good")
+        wait_until(lambda: len(agent.told("bug.found")) == 3, "three bugs are told")
+        now = agent.statuses()
+        assert ["ready"] * 3 == [now[name]["state"] for name in names]
+        for name in ("applies", "reads"):
+            assert before[name] == identity(now[name])
+
+        for name, status in (("applies", 202), ("reads", 500)):
+            assert status == agent.request("POST", f"/v1/vms/{name}/reload").status_code
+        assert 200 == agent.request("GET", "/healthz").status_code
+        assert ["ready"] * 3 == [agent.status(name)["state"] for name in names]
+        agent.act("applies", "stop")
+        agent.wait_state("applies", "exited")
+        power_off(agent, host)
+
+
+def write_silent_qemu(path: Path) -> str:
+    """A program that answers when it is asked what it can do, and hangs when it is to run a machine."""
+    real = shutil.which("qemu-system-x86_64")
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in *-qmp*|*chardev*|*mon*) exec sleep 1000;; esac\nexec {real} "$@"\n'
+    )
+    path.chmod(0o755)
+    return f'binary = "{path}"\npowerdown_timeout = 0.2\nquit_timeout = 0.2'
+
+
+@pytest.mark.slow  # a hanging start keeps its place for 10 s
+def test_starts_at_once(host: AgentHost) -> None:
+    """No more than the file says are on their way up. One that hangs gives its place away; who waits can be stopped."""
+    own = host.place / "agent.toml"
+    own.write_text("starts_at_once = 2\n")
+    silent = write_silent_qemu(host.place / "silent")
+    hanging, waiting = [f"a{number}" for number in range(3)], [f"b{number}" for number in range(3)]
+    for name in hanging:
+        host.write(name, autostart=False, qemu=silent)
+    for name in waiting:
+        host.write(name, autostart=False)
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        for name in hanging[:2]:
+            agent.act(name, "start")
+            agent.wait_for("vm.started", vm=name)
+        for name in [hanging[2], *waiting]:
+            agent.act(name, "start")
+        assert {"starting"} == {each["state"] for each in agent.statuses().values()}
+        agent.act("b2", "stop")
+        agent.wait_state("b2", "exited")
+        agent.wait_for("vm.started")
+        started = [each["vm"] for each in agent.told("vm.started")]
+        agent.wait_all("ready", ["b0", "b1"])  # when those that hang have given their places away
+        assert set(hanging) | {"b0", "b1"} == {each["vm"] for each in agent.told("vm.started")}
+        assert hanging == started
+        power_off(agent, host)
+
+
+def test_places_for_starts(host: AgentHost) -> None:
+    """One place: no VM's first process is started before the VM before it is up, ended or failed."""
+    (host.place / "agent.toml").write_text("starts_at_once = 1\n")
+    names = [f"vm{number}" for number in range(4)]
+    for name in names:
+        host.write(name)
+    host.write("vm1x", args=["-nonsense"])
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        agent.wait_all("ready", names)
+        agent.wait_state("vm1x", "failed")
+        on_their_way: set[str] = set()
+        most = 0
+        for event in agent.events:
+            if event["event"] == "passt.started":
+                on_their_way.add(event["vm"])
+            elif event["event"] in ("vm.ready", "run.failed"):
+                on_their_way.discard(event["vm"])
+            most = max(most, len(on_their_way))
+        assert 1 == most
+        # More of them, from now on.
+        (host.place / "agent.toml").write_text("starts_at_once = 4\n")
+        agent.process.send_signal(signal.SIGHUP)
+        agent.wait_for("agent.reloaded")
+        agent.act("vm0", "restart")
+        agent.wait_state("vm0", "ready")
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+def test_a_reload_of_a_vm_that_never_comes_up(host: AgentHost) -> None:
+    """Who waits for it to be ready, to apply another file, does so no longer than it is on its way."""
+    vm = host.write("hangs", autostart=False, qemu=write_silent_qemu(host.place / "silent"))
+    host.write("good")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        agent.act("hangs", "start")
+        agent.wait_for("vm.started", vm="hangs")
+        vm.path.write_text(vm.path.read_text().replace(str(vm.ports[0]), str(free_port())))
+        agent.act("hangs", "reload")
+        agent.process.send_signal(signal.SIGHUP)
+        agent.wait_for("agent.reloaded")
+        agent.act("hangs", "kill")
+        agent.wait_state("hangs", "exited", "failed")
+        agent.wait_state("good", "ready")
+        assert ExitStatus.OK == agent.stop(signal.SIGTERM)  # it has nobody to wait for
+    with host.agent() as agent:
+        assert 1 == agent.wait_for("agent.ready")["adopted"]
+        power_off(agent, host)
+
+
+def test_a_qemu_that_hangs(host: AgentHost) -> None:
+    """One of ten is stopped by SIGSTOP: the nine start, stop and swap, the API answers, and that one can be ended."""
+    names = [f"vm{number}" for number in range(10)]
+    hung, others = names[4], names[:4] + names[5:]
+    for name in names:
+        host.write(name, qemu="powerdown_timeout = 0.2\nquit_timeout = 0.2")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_all("ready", names)
+        os.kill(before[hung]["qemu_pid"], signal.SIGSTOP)
+        agent.act(hung, "links/0/swap")  # it waits for QEMU, which does not answer
+
+        for name in others:
+            agent.act(name, "links/0/swap")
+        for name in others:
+            agent.wait_for_generation(name, 2)
+        for name in others:
+            agent.act(name, "restart")
+        for name in others:
+            agent.wait_for_other_qemu(name, before[name]["qemu_pid"])
+        for name in others[:3]:
+            agent.act(name, "stop")
+        for name in others[:3]:
+            agent.wait_state(name, "exited")
+        for name in others[:3]:
+            agent.act(name, "start")
+        agent.wait_all("ready", others)
+        assert agent.status(hung)["qemu_pid"] == before[hung]["qemu_pid"]
+        assert [] == agent.told("link.restored", vm=hung)
+        # Whoever had waited for what the one that hangs was told had waited for that long.
+        outages = [each["outage_ms"] / 1000 for each in agent.told("link.restored")]
+        assert max(outages) < COMMAND_TIMEOUT
+
+        agent.process.send_signal(signal.SIGHUP)
+        agent.wait_for("agent.reloaded")
+        agent.act(hung, "stop")
+        status = agent.wait_state(hung, "exited")
+        assert status["qemu_pid"] is None
+        # power-down and quit are without an answer; SIGTERM has no effect on what is stopped, SIGKILL has.
+        assert "SIGKILL" == agent.told("vm.stopping", vm=hung)[-1]["how"]
+
+        agent.act(hung, "start")
+        again = agent.wait_state(hung, "ready")
+        os.kill(again["qemu_pid"], signal.SIGSTOP)
+        agent.act(hung, "kill")
+        agent.wait_state(hung, "exited")
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+def test_the_agent_ends_while_a_qemu_hangs(host: AgentHost) -> None:
+    """It leaves that one, too, and the next agent has the others at once."""
+    for name in ("one", "hung", "two"):
+        host.write(name, qemu="powerdown_timeout = 0.2\nquit_timeout = 0.2")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_all("ready", ["one", "two", "hung"])
+        os.kill(before["hung"]["qemu_pid"], signal.SIGSTOP)
+        assert ExitStatus.OK == agent.stop(signal.SIGTERM)
+    with host.agent() as agent:
+        for name in ("one", "two"):
+            agent.wait_for_api()
+            assert identity(agent.wait_state(name, "ready")) == identity(before[name])
+        agent.swap("one")
+        assert "starting" == agent.status("hung")["state"]
+        os.kill(before["hung"]["qemu_pid"], signal.SIGCONT)
+        assert 3 == agent.wait_for("agent.ready")["adopted"]
+        assert identity(agent.wait_state("hung", "ready")) == identity(before["hung"])
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+# ---- others who run VMs
+
+
+def ps(host: AgentHost) -> dict[str, Status]:
+    """What `qrapd ps` shows, by the VMs' names."""
+    command = [sys.executable, "-m", "qrapd", "ps", "--json", "--runtime-dir", str(host.base)]
+    shown = subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE).stdout
+    return {each["name"]: each for each in json.loads(shown)}
+
+
+def test_a_vm_that_a_shell_runs(host: AgentHost) -> None:
+    """The agent does not touch it: it says who has it, and `qrapd ps` shows the one that runs."""
+    wanted = host.write("wanted")
+    unwanted = host.write("unwanted", autostart=False)
+    host.write("own")
+    with Run(wanted.path, host.base) as first, Run(unwanted.path, host.base) as second:
+        running = {"wanted": first.wait_for("vm.ready"), "unwanted": second.wait_for("vm.ready")}
+        with host.agent() as agent:
+            agent.wait_for("agent.ready")
+            own = agent.wait_state("own", "ready")
+            assert "already supervised" in agent.wait_state("wanted", "failed")["error"]
+            # What it was not to run is no failure of it.
+            assert "exited" == agent.status("unwanted")["state"]
+            assert [] == agent.told("run.failed", vm="unwanted")
+            agent.act("unwanted", "start")
+            assert "already supervised" in agent.wait_state("unwanted", "failed")["error"]
+            for name in running:
+                agent.act(name, "stop")
+                agent.act(name, "kill")
+            vms = ps(host)
+            for name, ready in running.items():
+                assert ("ready", "shell") == (vms[name]["state"], vms[name]["origin"])
+                assert ready["qemu_pid"] == vms[name]["qemu_pid"]
+            assert ("agent", own["qemu_pid"]) == (vms["own"]["origin"], vms["own"]["qemu_pid"])
+            assert ExitStatus.OK == first.stop()
+            agent.act("wanted", "start")
+            agent.wait_state("wanted", "ready")
+            agent.assert_no_bug()
+            assert ExitStatus.OK == agent.stop(signal.SIGPWR)
+        assert ExitStatus.OK == second.stop()
+    host.assert_nothing_left()
+
+
+def test_a_running_vm_without_a_file(host: AgentHost) -> None:
+    """Its file went while no agent was there: `qrapd ps` shows it, and once the file is back a start takes it over."""
+    host.write("kept")
+    vm = host.write("orphan")
+    text = vm.path.read_text()
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_all("ready", ["kept", "orphan"])["orphan"]
+        assert ExitStatus.OK == agent.stop()
+    vm.path.unlink()
+    with host.agent() as agent:
+        assert 1 == agent.wait_for("agent.ready")["adopted"]
+        orphan = ps(host)["orphan"]
+        assert ("failed", before["qemu_pid"]) == (orphan["state"], orphan["qemu_pid"])
+        vm.path.write_text(text)
+        agent.process.send_signal(signal.SIGHUP)
+        agent.wait_for("vm.adopted", vm="orphan")
+        assert identity(before) == identity(agent.wait_state("orphan", "ready"))
+        agent.assert_no_bug()
+        power_off(agent, host)
