@@ -3,7 +3,7 @@
 # The doors to this repository. ARGS goes to the command behind a target: make test ARGS="-k link"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo install uninstall test test-slow test-all lint format lock schema newer-roots test-matrix versions bench-start bench-overhead bench-probe bench-outage man clean
+.PHONY: help setup demo install uninstall test test-slow test-all lint format lock schema newer-roots test-matrix versions bench-start bench-overhead bench-probe bench-outage bench-agent man clean
 
 BIN := .venv/bin
 # Tests that share something of the host name it with @pytest.mark.xdist_group, and then run one after the other.
@@ -67,6 +67,9 @@ bench-probe: setup  ## measures qrap's search for a passt beside the C program's
 
 bench-outage: setup  ## measures how long a lost passt cuts the guest off; ARGS="--root trixie": there, with its rivals
 	@$(BIN)/python benchmarks/outage.py $(ARGS)
+
+bench-agent: setup  ## measures the host agent with 200 VMs: start, memory, idle, API, lost passts, its own death
+	@$(BIN)/python benchmarks/agent.py $(ARGS)
 
 man: $(patsubst docs/man/%,build/man/man1/%.gz,$(wildcard docs/man/*.1))  ## checks and packs the man pages: man -M build/man qrap
 

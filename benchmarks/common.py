@@ -74,9 +74,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def open_directory(name: str) -> Iterator[Path]:
-    """A directory for one run, in which every passt can make its socket."""
-    with tempfile.TemporaryDirectory(prefix=f"qrapd-{name}-", ignore_cleanup_errors=True) as path:
+def open_directory(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """A directory for one run, in which every passt can make its socket.
+
+    :param parent: where it is to be; by default where temporary files go.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"qrapd-{name}-", dir=parent, ignore_cleanup_errors=True) as path:
         if os.geteuid() == 0:
             # passt becomes nobody, and that of 2023 does so before it binds its socket.
             Path(path).chmod(0o777)

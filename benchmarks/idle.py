@@ -10,7 +10,7 @@ from pathlib import Path
 
 from contenders import Contender
 
-__all__ = ["Idle", "measure"]
+__all__ = ["Idle", "measure", "taken"]
 
 REST = 3.0
 """Seconds after the last answer: nothing of the boot is to be counted."""
@@ -29,15 +29,15 @@ class Idle:
 def measure(vm: Contender, seconds: float) -> Idle:
     """Leave it alone for that time."""
     time.sleep(REST)
-    before, begun = _taken(vm.child.pid), time.monotonic()
+    before, begun = taken(vm.child.pid), time.monotonic()
     time.sleep(seconds)
-    after, ended = _taken(vm.child.pid), time.monotonic()
+    after, ended = taken(vm.child.pid), time.monotonic()
     vm.check_alive()
     passed = ended - begun
     return Idle(passed, (after[0] - before[0]) / passed, (after[1] - before[1]) / 1e6 / passed)
 
 
-def _taken(pid: int) -> tuple[int, int]:
+def taken(pid: int) -> tuple[int, int]:
     """Context switches, and nanoseconds on a processor: by /proc/PID/task/*/schedstat, as ticks are 10 ms each."""
     switches = nanoseconds = 0
     for task in Path(f"/proc/{pid}/task").iterdir():

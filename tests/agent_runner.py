@@ -221,7 +221,10 @@ class AgentHost:
         """No process that was told of lives, none that was not, and the runtime directory is empty."""
         assert [] == [child for child in self.known.values() if child.alive]
         assert [] == processes_with(str(self.base))
-        assert not self.base.exists() or {each.name for each in self.base.iterdir()} <= {"agent.lock"}
+        assert not self.base.exists() or {each.name for each in self.base.iterdir()} <= {
+            "agent.lock",
+            "autostarted.json",
+        }
 
     def note(self, *pids: int) -> None:
         """Processes that somebody else has started, and that have to go as well."""

@@ -121,6 +121,8 @@ class Agents(RuleBasedStateMachine):
         self.disk: dict[str, Variant] = {}
         self.vms: dict[str, Known] = {}
         """those that the agent knows"""
+        self.begun: set[str] = set()
+        """those that no later agent starts by itself: they have been up, or stopped"""
         self.stack = contextlib.ExitStack()
         self.agent = self.stack.enter_context(agent_process())
         self.ports = {name: free_port() for name in NAMES}
@@ -176,6 +178,7 @@ class Agents(RuleBasedStateMachine):
 
         eventually(as_wanted, lambda: f"wanted {wanted}, there are {self.agent.vms()}")
         said = self.settle()
+        self.note_begun()
         assert wanted == {name: is_up(vm) for name, vm in said.items()}
         return said
 
@@ -508,10 +511,15 @@ class Agents(RuleBasedStateMachine):
         self.start_wanted()
         self.settle_as()
 
+    def note_begun(self) -> None:
+        """What is known of all agents together; of VMs that are gone nothing."""
+        self.begun |= {name for name, known in self.vms.items() if known.up}
+        self.begun &= {*self.vms}
+
     def start_wanted(self) -> None:
         """Those that have not been started yet, if their files want it."""
         for name, known in self.vms.items():
-            if known.fresh and self.valid(name) and self.disk[name].autostart:
+            if known.fresh and name not in self.begun and self.valid(name) and self.disk[name].autostart:
                 known.up, known.fresh, known.by = True, False, self.disk[name]
 
     def start_agent(self, killed: set[str] | frozenset[str] = frozenset()) -> None:
@@ -528,7 +536,7 @@ class Agents(RuleBasedStateMachine):
         self.vms = {name: Known() for name in self.expected_names()}
         for name in ran:
             # What runs is taken over whatever its file says; what does not is not started by a wrong one.
-            up = name not in killed or self.valid(name)
+            up = name not in killed or (self.valid(name) and self.disk[name].comes_back)
             self.vms[name] = Known(up=up, fresh=False, by=self.disk[name])
         self.start_wanted()
         self.settle_as()
@@ -540,6 +548,7 @@ class Agents(RuleBasedStateMachine):
             known = self.vms[name]
             known.up, known.by = is_up(vm), None
             known.fresh = known.fresh and not known.up and name not in started
+        self.note_begun()
 
 
 def chosen(pick: int, names: list[str]) -> list[str]:

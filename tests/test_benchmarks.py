@@ -38,6 +38,23 @@ def test_outage() -> None:
     assert report["idle"]
 
 
+def test_agent() -> None:
+    """A few VMs: every part has its figures, every network came back, and an adoption harmed nobody."""
+    report = run("agent", "--quick")
+    assert ["agent", "run"] == [start["by"] for start in report["starts"]]
+    assert [(6, 1)] * 2 == [(start["vms"], start["guests"]) for start in report["starts"]]
+    assert [0, 1, 3, 6] == [each["vms"] for each in report["memory"]]
+    assert report["idle"]
+    quiet, busy = report["loads"]
+    assert 0 == quiet["swapped"] < busy["swapped"]
+    assert all(load["one_ms"] and load["all_ms"] for load in (quiet, busy))
+    assert 3 == len(report["kills"])
+    assert [] == [kill for kill in report["kills"] if kill["wall_ms"] is None]
+    (adoption,) = report["adoptions"]
+    assert (4, 4) == (adoption["adopted"], adoption["unchanged"])
+    assert (1, 1) == (adoption["guests"], adoption["unharmed"])
+
+
 def run(name: str, *words: str) -> Any:
     """What a benchmark prints for programs."""
     ended = subprocess.run(

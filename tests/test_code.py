@@ -38,7 +38,7 @@ LAYERS = [
     # a link's way out, and its place in QEMU
     ["connection", "hub", "left_behind"],
     # one peer each
-    ["agent_socket", "listeners", "passt", "probe", "qemu", "qmp", "stream"],
+    ["agent_socket", "autostarted", "listeners", "passt", "probe", "qemu", "qmp", "stream"],
     ["handover", "running", "wrap"],
     ["hosting"],
     ["console", "event_log", "pesto"],
@@ -56,6 +56,7 @@ LAYERS = [
         "runtime_directory",
         "signals",
         "systemd",
+        "turns",
         "unix_sockets",
         "vital_signs",
     ],

@@ -28,6 +28,7 @@ from qrapd.agent_socket import AgentSocket
 from qrapd.agent_vm import AgentVm, Shared
 from qrapd.api.access import Policy
 from qrapd.api.server import serve
+from qrapd.autostarted import Autostarted
 from qrapd.errors import Conflict, QrapdError, Unavailable, Unknown
 from qrapd.event_log import EventLog
 from qrapd.garbage import collect_garbage
@@ -179,6 +180,7 @@ class Agent:
         self._adoption_seconds: float | None = None
         self._lag = 0.0
         self._reloading = anyio.Lock()
+        self._autostarted = Autostarted(base / "autostarted.json")
 
     def _emit(self, event: str, /, **fields: object) -> None:
         self._log(event, **fields)
@@ -216,6 +218,7 @@ class Agent:
             raise Conflict(f"{name} runs", hint=f"stop it first: qrapd stop {name}")
         await anyio.to_thread.run_sync(vm_files.remove, vm.path)
         self._vms.pop(name, None)
+        self._autostarted.retain(self._vms)
 
     # --- its life -------------------------------------------------------------------------------------
 
@@ -238,6 +241,7 @@ class Agent:
                 tasks=vms,
                 starting=anyio.CapacityLimiter(self._file.starts_at_once),
                 planning=anyio.CapacityLimiter(PLANS_AT_ONCE),
+                note_start=lambda name: self._autostarted.add([name]),
                 keeper=partial(PrefixedKeeper, self._notifier),
             )
             self._begin(beside, "signals", partial(self._obey, signals, beside))
@@ -246,7 +250,7 @@ class Agent:
             if watchdog is not None:
                 self._begin(beside, "the watchdog", partial(self._be_alive, watchdog))
             self._begin(beside, "the API", serve_api)
-            await self._contain("taking over", self._take_over)
+            self._begin(beside, "taking over", self._take_over)
             await self._end.wait()
             outcome = await self._see_off()
             if any(vm.runs for vm in self._vms.values()):
@@ -309,7 +313,7 @@ class Agent:
         wanted = await self._scan()
         left = [vm for vm in self._vms.values() if vm.was_left]
         for vm in left:
-            vm.begin(self._handed.of(vm.name))
+            vm.begin(self._handed.of(vm.name), only_left=True)
         self._handed.close()
         with anyio.move_on_after(ADOPTION_TIMEOUT):
             for vm in left:
@@ -321,7 +325,9 @@ class Agent:
         self._start(wanted)
 
     def _start(self, names: Iterable[str]) -> list[str]:
-        new = [name for name in names if self._vms[name].is_new]
+        if self._end.is_set():
+            return []
+        new = [name for name in names if self._vms[name].is_new and name not in self._autostarted]
         for name in new:
             self._vms[name].begin(HandedOver())
         return new
@@ -330,7 +336,9 @@ class Agent:
         """See which files there are; returns the names of those that the agent is to run."""
         assert self._shared is not None
         found = await anyio.to_thread.run_sync(vm_files.survey, self._directory / "vms")
-        for name in [name for name, vm in self._vms.items() if name not in found and not vm.runs]:
+        for name in [
+            name for name, vm in self._vms.items() if not (name in found or vm.runs or vm.path.exists())
+        ]:
             del self._vms[name]
         for name, each in found.items():
             if name not in self._vms:
@@ -338,6 +346,7 @@ class Agent:
             vm = self._vms[name]
             if each.error is not None and not vm.runs:
                 vm.refuse(each.error)
+        self._autostarted.retain(self._vms)
         return [name for name, each in found.items() if each.autostart]
 
     async def reload(self) -> None:
@@ -386,5 +395,7 @@ class Agent:
             async with anyio.create_task_group() as tasks:
                 for vm in running:
                     self._begin(tasks, "leaving a VM", vm.power_down if self._power_down else vm.leave)
+        if self._power_down:
+            self._autostarted.clear()
         fds = {f"{vm.name}.{name}": fd for vm in running for name, fd in vm.left.items()}
         return AgentOutcome(self._upgrade, fds)

@@ -25,7 +25,10 @@ class AgentFile(BaseModel):
     )
     read_only_group: str | None = Field(None, min_length=1, description="a group whose members may look")
     starts_at_once: int = Field(
-        4, ge=1, le=1000, description="VMs that may be on their way up at the same time; others wait"
+        4,
+        ge=1,
+        le=1000,
+        description="VMs that may be on their way up at the same time; others wait, for ten seconds at most each",
     )
 
 

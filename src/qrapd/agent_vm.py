@@ -18,8 +18,10 @@ from qrapd import vm_files
 from qrapd.errors import ConfigurationError, Problem, QrapdError
 from qrapd.handover import HandedOver
 from qrapd.hosted_vm import SupervisedVm
+from qrapd.lifecycle import Reason
 from qrapd.logs import Emit
 from qrapd.plan import Plan
+from qrapd.restart import is_wanted
 from qrapd.runtime_directory import VmDirectory
 from qrapd.status_tracker import StatusTracker
 from qrapd.supervisor import Supervisor, tell_failure
@@ -46,6 +48,8 @@ class Shared:
     """VMs that may be on their way up at the same time"""
     planning: anyio.CapacityLimiter
     """files that may be read at the same time, each in a thread"""
+    note_start: Callable[[str], None]
+    """called when a VM is up, or is not to be: no later agent starts it by itself"""
     keeper: Callable[[str], Keeper]
     """keeps a VM's fds for the agent after this one"""
 
@@ -93,22 +97,25 @@ class AgentVm(SupervisedVm):
             await super().start()
         self.begin(HandedOver())
 
-    def begin(self, handed: HandedOver) -> None:
+    def begin(self, handed: HandedOver, *, only_left: bool = False) -> None:
         """Start it, or take it over if it runs already.
 
         :param handed: the fds of it that an earlier agent has had kept.
+        :param only_left: if it does not run any more, start it only where its file wants that after an end like this.
         """
         self.is_new = False
         self._ended, self.settled = anyio.Event(), anyio.Event()
         self._preparing, self._asked = anyio.CancelScope(), None
         self.tracker.begin(datetime.now(UTC))
-        self._shared.tasks.start_soon(self._live, handed)
+        self._shared.tasks.start_soon(self._live, handed, only_left)
 
     async def stop(self) -> None:
+        self._shared.note_start(self.name)
         self._give_up_start(Supervisor.stop)
         await super().stop()
 
     async def kill(self) -> None:
+        self._shared.note_start(self.name)
         self._give_up_start(Supervisor.kill)
         await super().kill()
 
@@ -119,10 +126,11 @@ class AgentVm(SupervisedVm):
             self._preparing.cancel()
 
     async def restart(self) -> None:
-        if self.supervisor is None and not self.runs:
-            await self.start()
-        else:
+        if self.supervisor is not None:
             await super().restart()
+        elif not self.runs:
+            await self.start()
+        # else it is on its way up, by its file as that is now
 
     async def leave(self) -> None:
         """Let it be for another agent to adopt, as soon as nothing is under way; what is not up yet is waited for."""
@@ -167,7 +175,7 @@ class AgentVm(SupervisedVm):
 
     # --- its life -------------------------------------------------------------------------------------
 
-    async def _live(self, handed: HandedOver) -> None:
+    async def _live(self, handed: HandedOver, only_left: bool) -> None:
         """From a start to its end. A failure, and a bug even, is told and goes no further: there are other VMs."""
         try:
             with self._preparing:
@@ -179,7 +187,7 @@ class AgentVm(SupervisedVm):
                     keeper=self._shared.keeper(self.name),
                     reread=self._read,
                     handed=handed,
-                    only_left=not plan.can_start,
+                    only_left=not plan.can_start or (only_left and not _is_wanted_again(plan)),
                     note_machine=self.note_machine,
                 )
                 self.tracker.set_links((link.index, link.mode) for link in plan.links)
@@ -229,6 +237,7 @@ class AgentVm(SupervisedVm):
             await vm.ready.wait()
         self._release_place()
         await vm.ready.wait()
+        self._shared.note_start(self.name)
         self.settled.set()
 
     def _release_place(self) -> None:
@@ -250,6 +259,11 @@ class AgentVm(SupervisedVm):
             )
             raise ConfigurationError(str(self.path), [problem])
         return plan
+
+
+def _is_wanted_again(plan: Plan) -> bool:
+    """Whether a VM is to be started whose QEMU has gone while there was nobody to see it: somebody has killed it."""
+    return is_wanted(plan.restart.policy, Reason.KILLED, failure=True)
 
 
 def _words(error: QrapdError) -> str:

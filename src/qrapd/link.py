@@ -37,6 +37,7 @@ from qrapd.record import LinkRecord, ProcessId
 from qrapd.stall import StallJudge, Verdict
 from qrapd.stream import HangUpWatch
 from qrapd.systemd import Keeper, output_name, passt_name, stored_name
+from qrapd.turns import turn
 
 if TYPE_CHECKING:
     from qrapd.listeners import ListenerWatch
@@ -505,7 +506,11 @@ class Link:
         assert self._tasks is not None
         self._watch_listeners()
         try:
-            connection = await self._get_connection(self._tasks)
+            if self._loss is None:
+                connection = await self._get_connection(self._tasks)
+            else:
+                async with turn():
+                    connection = await self._get_connection(self._tasks)
         except (Unavailable, OSError) as error:
             self._error = failure = error if isinstance(error, Unavailable) else _refused_by_host(error)
             self._fall_back(failure)
