@@ -34,11 +34,9 @@ def test_decisions(peer: Peer, expected: Access) -> None:
 
 
 def test_no_groups() -> None:
-    """Where no group is named, nobody else may do anything; everyone may look on where that is said."""
+    """Where no group is named, nobody else may do anything."""
     peer = Peer(1, 1001, 0, (0, 50))
     assert NONE is decide(Policy(1000), peer)
-    assert READ is decide(Policy(1000, read_only_everyone=True), peer)
-    assert WRITE is decide(Policy(1000, group=50, read_only_everyone=True), peer)
 
 
 def test_a_group_that_the_namespace_does_not_know() -> None:
@@ -50,7 +48,7 @@ def test_a_group_that_the_namespace_does_not_know() -> None:
 ids = st.integers(0, 5)
 groups = st.none() | ids
 peers = st.builds(Peer, ids, ids, ids, st.lists(ids).map(tuple))
-policies = st.builds(Policy, ids, groups, groups, st.booleans())
+policies = st.builds(Policy, ids, groups, groups)
 
 
 @given(policies, peers)
@@ -59,7 +57,7 @@ def test_a_right_has_a_reason(policy: Policy, peer: Peer) -> None:
     mine = {peer.gid, *peer.groups}
     owner = peer.uid in {0, policy.own_uid}
     assert (decide(policy, peer) is WRITE) == (owner or policy.group in mine)
-    looks_on = owner or policy.read_only_everyone or bool({policy.group, policy.read_only_group} & mine)
+    looks_on = owner or bool({policy.group, policy.read_only_group} & mine)
     assert (decide(policy, peer) >= READ) == looks_on
 
 

@@ -160,6 +160,85 @@ def test_a_monitor_that_does_not_answer(place: Path) -> None:
         assert all(child.alive for child in killed.children.values())
 
 
+WITHOUT_FDS = """
+import errno, sys
+from qrapd.__main__ import main
+from {module} import {cls}
+sys.argv.pop(0)
+known, calls = {cls}.{name}, []
+def refused(*arguments, **options):
+    calls.append(None)
+    if len(calls) == {call}:
+        raise OSError(errno.EMFILE, "Too many open files")
+    return known(*arguments, **options)
+{cls}.{name} = refused
+main()
+"""
+"""A qrapd to which the host gives no more fds once, at a certain point."""
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "name", "call"),
+    [
+        ("qrapd.left_behind", "Process", "adopt", 1),
+        ("qrapd.left_behind", "Left", "take_link", 2),
+        ("qrapd.qemu", "Qemu", "listen", 1),
+        ("qrapd.link", "Connection", "adopt", 1),
+        ("qrapd.link", "Connection", "adopt", 2),
+        ("qrapd.link", "Connection", "watch", 2),
+        ("qrapd.qmp", "Qmp", "connect", 1),
+    ],
+)
+def test_no_more_fds_in_an_adoption(place: Path, module: str, cls: str, name: str, call: int) -> None:
+    """All is left as it is, the record, too, and the next one takes it over."""
+    vm = write_vm(place, "short", links=2, qemu="powerdown_timeout = 0")
+    with ended(left_running(vm, place / "run")) as killed:
+        before = read_record(killed, "short")
+        program = WITHOUT_FDS.format(module=module, cls=cls, name=name, call=call)
+        with Run(vm.path, place / "run", prefix=[sys.executable, "-c", program]) as run:
+            assert 75 == run.wait()
+            assert "Too many open files" in run.last("run.failed")["error"]
+        assert all(child.alive for child in killed.children.values())
+        assert before["links"] == read_record(killed, "short")["links"]
+        with Run(vm.path, place / "run") as run:
+            run.wait_for("vm.adopted", links=2, generations=[1, 1])
+            assert ["vm.adopted"] == run.names()
+            assert 0 == run.stop()
+            run.assert_nothing_left()
+        killed.assert_nothing_left()
+
+
+def test_a_stop_where_the_monitor_is_gone(place: Path) -> None:
+    """What cannot be reached is left alone, and that is told: the one who stops it is not to wait for ever."""
+    vm = quick_vm(place, "unreachable")
+    with ended(left_running(vm, place / "run")) as killed:
+        (place / "run/unreachable/qmp.sock").unlink()
+        done = qrapd("stop", "--runtime-dir", str(place / "run"), "--log-format", "json", str(vm.path))
+        assert 75 == done.returncode
+        assert "could not be taken over" in done.stderr
+        assert all(child.alive for child in killed.children.values())
+
+
+@pytest.mark.timeout(300)
+def test_a_low_limit_of_fds(place: Path) -> None:
+    """Wherever a supervisor runs out of them while it takes a VM over, that runs on, and the next one has it."""
+    vm = write_vm(place, "low", links=2, qemu="powerdown_timeout = 0")
+    with ended(left_running(vm, place / "run")) as killed:
+        qemu = killed.children[killed.last("vm.started")["qemu_pid"]]
+        for limit in range(8, 22):
+            prefix = ["prlimit", f"--nofile={limit}", sys.executable, "-m"]
+            with ended(Run(vm.path, place / "run", prefix=prefix).__enter__()) as run:
+                until = time.monotonic() + PATIENCE
+                while run.process.poll() is None and "vm.adopted" not in run.names():
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+                kill(run)
+            assert qemu.alive, (limit, run.events, run.stray)
+        with Run(vm.path, place / "run") as run:
+            run.wait_for("vm.adopted", links=2, qemu_pid=qemu.pid)
+            assert 0 == run.stop()
+
+
 def test_an_upgrade_in_place(place: Path) -> None:
     """The same process, QEMU, passt and generation; and the children are still its own."""
     vm = quick_vm(place, "upgraded")

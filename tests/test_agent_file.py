@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from qrapd import vm_files
 from qrapd.agent_file import AgentFile, parse
-from qrapd.errors import ConfigurationError
+from qrapd.errors import ConfigurationError, Unavailable
 
 PATH = Path("/etc/qrapd/agent.toml")
 EXAMPLE = Path(__file__).resolve().parent.parent / "config" / "agent.toml"
@@ -90,3 +92,53 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     vm_files.remove(path)
     vm_files.remove(path)
     assert not path.exists()
+
+
+def test_two_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both succeed, one of them is the last, and neither has a part of the other's; meanwhile no survey sees a VM."""
+    path = tmp_path / "web.toml"
+    texts = [f"# {letter * 5000}\n" for letter in "ab"]
+    both = threading.Barrier(len(texts), timeout=60)
+    seen: list[list[str]] = []
+    replace = Path.replace
+
+    def replace_together(self: Path, target: Path) -> Path:
+        both.wait()
+        seen.append([*vm_files.survey(tmp_path)])
+        both.wait()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_together)
+    with ThreadPoolExecutor(len(texts)) as threads:
+        written = [threads.submit(vm_files.write, path, text) for text in texts]
+        assert [True, True] == [each.result(60) for each in written]
+    assert [[], []] == seen
+    assert path.read_text() in texts
+    assert ["web.toml"] == [each.name for each in tmp_path.iterdir()]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full: said so, and the file that is there stays alone and as it was."""
+    path = tmp_path / "web.toml"
+    vm_files.write(path, "autostart = true\n")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(Unavailable, match="No space left"):
+        vm_files.write(path, "")
+    assert ["web.toml"] == [each.name for each in tmp_path.iterdir()]
+    assert "autostart = true\n" == path.read_text()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
+def test_the_mode_of_a_written_file(umask: int, mode: int, tmp_path: Path) -> None:
+    """As the umask has it (0077 in the unit), and never for others to write."""
+    path = tmp_path / "web.toml"
+    before = os.umask(umask)
+    try:
+        vm_files.write(path, "")
+    finally:
+        os.umask(before)
+    assert mode == path.stat().st_mode & 0o777

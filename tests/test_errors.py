@@ -15,7 +15,9 @@ STATUSES = {
     "QmpRefused": 1,
     "UsageError": 2,
     "Unavailable": 69,
+    "Unknown": 69,
     "AlreadySupervised": 75,
+    "Conflict": 75,
     "ConfigurationError": 78,
 }
 

@@ -146,8 +146,9 @@ def test_what_is_not_known_is_not_there() -> None:
     samples = scraped(make_host(make_vm("web", ready=False)))
     assert None is value(samples, "qrapd_vm_start_seconds", vm="web")
     assert None is value(samples, "qrapd_link_unread_bytes", vm="web", link="1", by="qemu")
-    host = cast("Host", FakeHost(vitals=HostVitals(7, 0.25)))
-    assert None is value(scraped(host), "qrapd_adoption_seconds")
+    samples = scraped(cast("Host", FakeHost(vitals=HostVitals(None))))
+    assert None is value(samples, "qrapd_event_loop_lag_seconds")
+    assert None is value(samples, "qrapd_adoption_seconds")
 
 
 def test_a_vm_that_is_gone_disappears() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -326,6 +327,24 @@ async def test_a_pidfd_tells_whose_it_is() -> None:
             os.close(pidfd)
     with socket.socket() as other:
         assert 0 == pid_of(other.fileno())
+
+
+@pytest.mark.parametrize("name", ["open_pidfd", "start_time"])
+async def test_no_fd_to_watch_a_child_by(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not left without an owner, and no fd is leaked."""
+
+    def refuse(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with running(["true"]) as process:  # whatever asyncio makes for its first child
+        await process.wait()
+        os.close(process.output)
+    fds, known = open_fds(), children()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"qrapd.process.{name}", refuse)
+        with anyio.fail_after(PATIENCE), pytest.raises(OSError, match="Too many open files"):
+            await spawn(["sleep", "1000"])
+    assert (fds, known) == (open_fds(), children())
 
 
 def test_a_threads_id_is_no_process() -> None:

@@ -310,15 +310,15 @@ class TestInSystemd:
     def test_without_fds_and_without_ptrace(self, agent: Booted, guest: GuestImage) -> None:
         """Where a stop empties the fd store and QEMU's stream may not be had, links get another passt, and go on."""
         drop_in(agent, "10", "SystemCallFilter=~pidfd_getfd\nFileDescriptorStoreMax=0\n", "qrapd-agent")
-        file = give(agent, "bereft", guest)
+        file = give(agent, "robbed", guest)
         agent.systemctl("start", AGENT)
         wait_for_http(agent, file.ports[0], AGENT)
-        before, running = uptime(file.ports[0]), pids(agent, "bereft")
+        before, running = uptime(file.ports[0]), pids(agent, "robbed")
         agent.systemctl("stop", AGENT, check=False)
         agent.systemctl("start", AGENT)
-        agent.wait_for("restored", lambda: "link.restored" in told(agent, "bereft"), AGENT)
+        agent.wait_for("restored", lambda: "link.restored" in told(agent, "robbed"), AGENT)
         wait_for_http(agent, file.ports[0], AGENT)
-        assert running[0] == pids(agent, "bereft")[0]
+        assert running[0] == pids(agent, "robbed")[0]
         assert before < uptime(file.ports[0])
 
     def test_the_host_goes_down(self, agent: Booted, guest: GuestImage) -> None:

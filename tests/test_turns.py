@@ -87,6 +87,22 @@ async def test_who_is_cancelled_leaves_no_gap(given: bool) -> None:
     assert 0 == turns._free - 1
 
 
+async def test_a_turn_passes_by_who_is_cancelled() -> None:
+    """In the same step of the event loop, before it has heard of it."""
+    turns = Turns(1, seconds=60)
+    work = Work(turns)
+    first = turns.take()
+    await first.__aenter__()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(work.do, 1)
+        await checkpoint()
+        tasks.cancel_scope.cancel()
+        await first.__aexit__(None, None, None)
+    assert [] == work.order
+    await work.do(2)
+    assert [2] == work.order
+
+
 async def test_one_for_each_event_loop() -> None:
     """Whoever asks gets the same."""
     async with turn(), turn():

@@ -99,17 +99,22 @@ async def run_agent(
     :raise QrapdError: there is an agent already, a directory cannot be used, or a group of agent.toml is not there.
     """
     collect_garbage()
-    policy = _policy(file)
+    _policy(file)  # before anything is begun, as it may not be possible
     with receive_signals(SIGTERM, SIGINT, SIGHUP, SIGUSR2, SIGPWR) as signals, agent_socket.claim(base):
+
+        def abandon_all(outcome: AgentOutcome) -> NoReturn:
+            fds = {**outcome.fds, **place.hand_over()} if outcome.upgrade else outcome.fds
+            abandon(AgentOutcome(outcome.upgrade, fds))
+
         place = AgentSocket(
             socket_path or base / "agent.sock", handed.take(AGENT_SOCKET), handed.take(OWN_AGENT_SOCKET)
         )
-        agent = Agent(directory, base, emit, notifier=notifier, handed=handed, file=file, abandon=abandon)
+        agent = Agent(directory, base, emit, notifier=notifier, handed=handed, file=file, abandon=abandon_all)
 
         def make_app() -> Any:
             from qrapd.api.app import make_app
 
-            return make_app(agent, policy, report=agent.report)
+            return make_app(agent, lambda: agent.policy, report=agent.report)
 
         async def serve_api() -> None:
             app = await anyio.to_thread.run_sync(make_app)
@@ -164,6 +169,7 @@ class Agent:
         abandon: Callable[[AgentOutcome], NoReturn],
     ) -> None:
         self.events = EventLog(EVENTS)
+        self.policy = _policy(file)
         self._abandon = abandon
         self._directory = directory
         self._base = base
@@ -216,8 +222,11 @@ class Agent:
             raise Unknown(f"there is no VM {name}")
         if vm.runs:
             raise Conflict(f"{name} runs", hint=f"stop it first: qrapd stop {name}")
+        if vm.is_elsewhere:
+            raise Conflict(f"{name} has a supervisor of its own, a unit's or a shell's", hint="stop it first")
         await anyio.to_thread.run_sync(vm_files.remove, vm.path)
-        self._vms.pop(name, None)
+        if not vm.runs:
+            self._vms.pop(name, None)
         self._autostarted.retain(self._vms)
 
     # --- its life -------------------------------------------------------------------------------------
@@ -241,6 +250,7 @@ class Agent:
                 tasks=vms,
                 starting=anyio.CapacityLimiter(self._file.starts_at_once),
                 planning=anyio.CapacityLimiter(PLANS_AT_ONCE),
+                ending=self._end,
                 note_start=lambda name: self._autostarted.add([name]),
                 keeper=partial(PrefixedKeeper, self._notifier),
             )
@@ -275,7 +285,8 @@ class Agent:
             if number == SIGHUP:
                 self._begin(tasks, "a reload", self.reload)
                 continue
-            self._upgrade = self._upgrade or (number == SIGUSR2 and not self._end.is_set())
+            # A stop that comes after an upgrade has begun is meant: there is to be no agent.
+            self._upgrade = number == SIGUSR2 and (self._upgrade or not self._end.is_set())
             self._power_down = self._power_down or number == SIGPWR
             self._end.set()
 
@@ -310,11 +321,12 @@ class Agent:
 
     async def _take_over(self) -> None:
         """Adopt what an earlier agent has left, wanted or not, before anything else is started."""
-        wanted = await self._scan()
-        left = [vm for vm in self._vms.values() if vm.was_left]
-        for vm in left:
-            vm.begin(self._handed.of(vm.name), only_left=True)
-        self._handed.close()
+        async with self._reloading:
+            wanted = await self._scan()
+            left = [vm for vm in self._vms.values() if vm.was_left and not vm.runs]
+            for vm in left:
+                vm.begin(self._handed.of(vm.name), only_left=True)
+            self._handed.close()
         with anyio.move_on_after(ADOPTION_TIMEOUT):
             for vm in left:
                 await vm.settled.wait()
@@ -327,7 +339,9 @@ class Agent:
     def _start(self, names: Iterable[str]) -> list[str]:
         if self._end.is_set():
             return []
-        new = [name for name in names if self._vms[name].is_new and name not in self._autostarted]
+        # A file may have been removed since it was looked for.
+        there = [name for name in names if name in self._vms and name not in self._autostarted]
+        new = [name for name in there if self._vms[name].is_new]
         for name in new:
             self._vms[name].begin(HandedOver())
         return new
@@ -367,7 +381,9 @@ class Agent:
             self._notifier.tell(READY=1)
 
     async def _reload_own_file(self) -> None:
-        self._file = await anyio.to_thread.run_sync(vm_files.read_agent_file, self._directory)
+        file = await anyio.to_thread.run_sync(vm_files.read_agent_file, self._directory)
+        self.policy = await anyio.to_thread.run_sync(_policy, file)
+        self._file = file
         assert self._shared is not None
         self._shared.starting.total_tokens = self._file.starts_at_once
 

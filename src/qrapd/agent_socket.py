@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,12 @@ def claim(base: Path) -> Iterator[None]:
     """Be the agent of this runtime directory, which is made where it is missing.
 
     :raise AlreadySupervised: there is one.
-    :raise Unavailable: the directory cannot be used.
+    :raise Unavailable: the directory cannot be used, or belongs to another user.
     """
     path = base / "agent.lock"
     try:
         base.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _refuse_strangers(base)
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise Unavailable(
@@ -52,6 +54,31 @@ def claim(base: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _refuse_strangers(base: Path) -> None:
+    """Only in our own directory does nobody else choose what our names mean: a link put there would lead root on.
+
+    /run/qrapd is the user qrapd's once the unit has run.
+    """
+    owner, we = base.stat().st_uid, os.geteuid()
+    if owner != we:
+        name = _user(owner)
+        if we == 0 and name == "qrapd":
+            hint = "`systemctl start qrapd-agent`, or `runuser -u qrapd -- qrapd agent`"
+        else:
+            hint = f"run as {name}"
+        raise Unavailable(
+            f"the runtime directory {base} belongs to {name}, and this is {_user(we)}",
+            hint=f"{hint}, or name another place: --runtime-dir DIR",
+        )
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 class AgentSocket:
@@ -84,8 +111,12 @@ def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)  # of an agent that is gone: we have its lock
-        listener.bind(str(path))
-        path.chmod(MODE)
+        # Not by a chmod, which would follow a link that was put in its place. At the start nobody else makes files.
+        umask = os.umask(0o777 & ~MODE)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(umask)
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()

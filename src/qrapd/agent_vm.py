@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from qrapd import plan as planning
 from qrapd import vm_files
-from qrapd.errors import ConfigurationError, Problem, QrapdError
+from qrapd.errors import ConfigurationError, Problem, QrapdError, Unavailable
 from qrapd.handover import HandedOver
 from qrapd.hosted_vm import SupervisedVm
 from qrapd.lifecycle import Reason
@@ -26,7 +28,6 @@ from qrapd.runtime_directory import VmDirectory
 from qrapd.status_tracker import StatusTracker
 from qrapd.supervisor import Supervisor, tell_failure
 from qrapd.systemd import Keeper
-from qrapd.vm import Vm
 
 __all__ = ["AgentVm", "Shared"]
 
@@ -48,6 +49,8 @@ class Shared:
     """VMs that may be on their way up at the same time"""
     planning: anyio.CapacityLimiter
     """files that may be read at the same time, each in a thread"""
+    ending: anyio.Event
+    """set when the agent is on its way out, and starts nothing any more"""
     note_start: Callable[[str], None]
     """called when a VM is up, or is not to be: no later agent starts it by itself"""
     keeper: Callable[[str], Keeper]
@@ -60,8 +63,6 @@ class AgentVm(SupervisedVm):
     def __init__(self, path: Path, shared: Shared) -> None:
         super().__init__(StatusTracker(path.stem, "agent", [], datetime.now(UTC), state="exited"))
         self.path = path
-        self.plan: Plan | None = None
-        """by which it was started last"""
         self.settled = anyio.Event()
         """set once it runs, or does not"""
         self.left: Mapping[str, int] = {}
@@ -69,7 +70,7 @@ class AgentVm(SupervisedVm):
         self.is_new = True
         """nobody has started it yet"""
         self._shared = shared
-        self._emit = self.track(shared.emit)
+        self._emit = self.track(self._tell)
         self._ended = anyio.Event()
         self._ended.set()
         self._preparing = anyio.CancelScope()
@@ -90,11 +91,20 @@ class AgentVm(SupervisedVm):
         except OSError:
             return False  # another user's, or somebody has it whom we cannot see
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether somebody else supervises a VM of this name: a unit, or a shell."""
+        try:
+            return not self.runs and VmDirectory(self._shared.base, self.name).supervisor_pid() is not None
+        except OSError:
+            return True
+
     # --- from outside ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         if self.runs:
             await super().start()
+        self._refuse_if_ending()
         self.begin(HandedOver())
 
     def begin(self, handed: HandedOver, *, only_left: bool = False) -> None:
@@ -103,6 +113,8 @@ class AgentVm(SupervisedVm):
         :param handed: the fds of it that an earlier agent has had kept.
         :param only_left: if it does not run any more, start it only where its file wants that after an end like this.
         """
+        if self.runs:
+            return
         self.is_new = False
         self._ended, self.settled = anyio.Event(), anyio.Event()
         self._preparing, self._asked = anyio.CancelScope(), None
@@ -126,6 +138,7 @@ class AgentVm(SupervisedVm):
             self._preparing.cancel()
 
     async def restart(self) -> None:
+        self._refuse_if_ending()
         if self.supervisor is not None:
             await super().restart()
         elif not self.runs:
@@ -180,6 +193,7 @@ class AgentVm(SupervisedVm):
         try:
             with self._preparing:
                 plan = await self._make_plan()
+                await anyio.lowlevel.checkpoint_if_cancelled()  # what a thread does is not cut short
                 supervisor = Supervisor(
                     plan,
                     self._shared.base,
@@ -225,20 +239,28 @@ class AgentVm(SupervisedVm):
             return planning.unreadable(self.path)
 
     async def _supervise(self, supervisor: Supervisor) -> None:
-        outcome = await supervisor.run(self._note_ready)
+        # What takes longer than this must not keep others down.
+        deadline = asyncio.get_running_loop().call_later(PLACE_SECONDS, self._release_place)
+        try:
+            outcome = await supervisor.run()
+        finally:
+            deadline.cancel()
         self.left = outcome.fds
         if outcome.error is not None:
             self._fail(outcome.error)
         elif not outcome.stood_back:
             self.tracker.note_end(datetime.now(UTC))
 
-    async def _note_ready(self, vm: Vm) -> None:
-        with anyio.move_on_after(PLACE_SECONDS):
-            await vm.ready.wait()
-        self._release_place()
-        await vm.ready.wait()
-        self._shared.note_start(self.name)
-        self.settled.set()
+    def _tell(self, event: str, /, **fields: object) -> None:
+        self._shared.emit(event, **fields)
+        if event in {"vm.ready", "vm.adopted"}:
+            self._release_place()
+            self._shared.note_start(self.name)
+            self.settled.set()
+
+    def _refuse_if_ending(self) -> None:
+        if self._shared.ending.is_set():
+            raise Unavailable("the agent is on its way out, and starts nothing", hint="ask the next one")
 
     def _release_place(self) -> None:
         if self in self._shared.starting.statistics().borrowers:

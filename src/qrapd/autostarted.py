@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,7 +59,12 @@ class Autostarted:
     def _write(self) -> None:
         new = self._path.with_suffix(".new")
         with contextlib.suppress(OSError):
-            new.write_text(json.dumps({"boot": _boot(), "names": sorted(self._names)}) + "\n")
+            new.unlink(
+                missing_ok=True
+            )  # of an agent that was killed; what somebody has put there is not followed
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 (a Path has no fd to open)
+                file.write(json.dumps({"boot": _boot(), "names": sorted(self._names)}) + "\n")
             new.replace(self._path)
 
 

@@ -127,6 +127,7 @@ class _Foreground:
             note_machine=self._vm.note_machine,
         )
         self._vm.supervisor = self._supervisor
+        self._was_told_to_stop = False
 
     def _tell(self, event: str, /, **fields: object) -> None:
         self._emit(event, **fields)
@@ -143,7 +144,9 @@ class _Foreground:
             elif number == SIGUSR2:
                 self._tasks.start_soon(self._supervisor.leave)
             else:
-                self._supervisor.stop()
+                # The second signal takes the next, rougher step; a stop that somebody else has asked for is none.
+                self._supervisor.stop(hurry=self._was_told_to_stop)
+                self._was_told_to_stop = True
 
     async def _reload(self) -> None:
         self._reporter.note_reload()
@@ -162,7 +165,10 @@ class _Foreground:
 
     async def _serve(self) -> None:
         """Once the VM is up. A bug in the API must not end it."""
-        vm = await self._supervisor.wait_until_ready()
+        try:
+            vm = await self._supervisor.wait_until_ready()
+        except Conflict:
+            return
         name = vm.plan.name
         try:
             from qrapd.api.server import serve_on_demand  # only now: no start waits for it (3 ms)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -161,8 +162,21 @@ async def look_for_left(
 ) -> Left | None:
     """What a supervisor that is gone has left running. Two QEMUs on the same disks would destroy them.
 
-    :raise AlreadySupervised: there is a QEMU, and it cannot be taken over.
+    :raise AlreadySupervised: there is a QEMU, and it cannot be taken over; or whether there is one cannot be told.
     """
+    try:
+        return await _look(directory, handed, emit, keeper)
+    except OSError as error:  # for want of an fd, say, which is no reason to take a QEMU for ended
+        directory.leave_as_it_is()
+        hint = "raise the limit with: ulimit -n 1024" if error.errno == errno.EMFILE else "try again"
+        raise AlreadySupervised(
+            "what a supervisor that is gone may have left of this VM cannot be looked at: "
+            f"{error.strerror or error}",
+            hint=f"all was left as it is: {hint}",
+        ) from error
+
+
+async def _look(directory: VmDirectory, handed: HandedOver, emit: Emit, keeper: Keeper) -> Left | None:
     vm = directory.path.name
     try:
         found = read_record(directory.record_path)

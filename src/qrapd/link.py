@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qrapd.listeners import ListenerWatch
     from qrapd.qmp import Qmp
 
-__all__ = ["Link", "LinkState", "Surroundings"]
+__all__ = ["Link", "LinkState", "Surroundings", "copies"]
 
 LinkState = State
 
@@ -83,6 +83,15 @@ END_GRACE = 1.0
 
 PATIENCE_WITH_STRANGERS = 5
 """Passts of somebody else's in a row that have not served for a second; the next ones are waited for."""
+
+
+def copies(fds: Mapping[str, int]) -> dict[str, int]:
+    """Copies for whoever comes next, as far as the host has fds for them: what is not handed over is regained."""
+    made = {}
+    for name, fd in fds.items():
+        with contextlib.suppress(OSError):
+            made[name] = os.dup(fd)
+    return made
 
 
 def _refused_by_host(error: OSError) -> Unavailable:
@@ -211,7 +220,12 @@ class Link:
             passt = Passt.adopt(left.passt, program, tasks, lambda line: tell(line=line))
         elif left.last_words is not None:
             tasks.start_soon(read_last_words, left.last_words, tell)
-        connection = self._connection = self._take_over(record, left.end, passt)
+        try:
+            connection = self._connection = self._take_over(record, left.end, passt)
+        except OSError:
+            if passt is not None:
+                passt.let_go()
+            raise
         connection.pesto_socket = self._pesto_socket
         if left.hidden:
             loss = _Loss("requested", time.monotonic(), "its passt cannot be told from other processes")
@@ -263,7 +277,7 @@ class Link:
         self._forget_listeners()
         if connection is None:
             return {}
-        kept = {name: os.dup(fd) for name, fd in self._fds_to_keep(connection).items()}
+        kept = copies(self._fds_to_keep(connection))
         if connection.passt is not None:
             connection.passt.let_go()
         if connection.held:

@@ -192,10 +192,15 @@ class _Child(Process):
         started, pidfd = 0, -1
         # If asyncio has collected it in the meantime, its pid can be anyone's by now.
         if child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                pidfd = open_pidfd(child.pid)
-                # A passt that was quick to shut itself in may be hidden already (ProtectProc=): it runs all the same.
-                started = start_time(child.pid)
+            try:
+                with contextlib.suppress(ProcessLookupError):
+                    pidfd = open_pidfd(child.pid)
+                    # A passt that was quick to shut itself in may be hidden already (ProtectProc=), and runs.
+                    started = start_time(child.pid)
+            except BaseException:
+                if pidfd >= 0:
+                    os.close(pidfd)
+                raise
         super().__init__(child.pid, pidfd, started, output)
         self._child = child
 
@@ -306,7 +311,15 @@ async def spawn(
         raise
     finally:
         os.close(write_end)
-    return _Child(child, read_end)
+    try:
+        return _Child(child, read_end)
+    except BaseException:  # for want of an fd, say: a child that nobody watches must not stay
+        os.close(read_end)
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        with anyio.CancelScope(shield=True):
+            await child.wait()
+        raise
 
 
 def cannot_run(program: str, directory: str | Path, error: OSError) -> Unavailable:

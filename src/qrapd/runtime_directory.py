@@ -126,6 +126,10 @@ class VmDirectory:
         """Remove nothing on the way out: what is in the directory is in use by others."""
         self._leave = True
 
+    def clear_up(self) -> None:
+        """Remove on the way out what is ours: nothing of the VM runs any more."""
+        self._leave = False
+
     def is_answered(self, name: str) -> bool:
         """Whether anybody listens on the socket ``name``."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
@@ -141,13 +145,15 @@ class VmDirectory:
     def listen(self, name: str, backlog: int = 1) -> socket.socket:
         """A listening socket: whoever connects from now on waits, but is not refused."""
         path = self.socket_path(name)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = None
         try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             path.unlink(missing_ok=True)
             listener.bind(str(path))
             listener.listen(backlog)
         except OSError as error:
-            listener.close()
+            if listener is not None:
+                listener.close()
             raise Unavailable(f"cannot listen on {path}: {error.strerror}") from error
         return listener
 

@@ -6,6 +6,7 @@ Who asks for what is not known here: signals (:mod:`qrapd.foreground`), or calle
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -90,16 +91,21 @@ class Supervisor:
         self._again = False
         self._hurry = anyio.Event()
         self._leaving = False
+        self._over = anyio.Event()
         self._file = plan.file
         """as it was read last"""
 
     # --- from outside ---------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Ask for an orderly end; asked again, take the next, rougher step at once."""
+    def stop(self, *, hurry: bool = False) -> None:
+        """Ask for an orderly end.
+
+        :param hurry: if one is under way, take the next, rougher step at once.
+        """
+        under_way = self._stopped.is_set() or self._again
         self._again = False
         self._stopped.set()
-        if self.vm is not None:
+        if self.vm is not None and (hurry or not under_way):
             self.vm.stop()
 
     def kill(self) -> None:
@@ -111,20 +117,24 @@ class Supervisor:
 
     def restart(self) -> None:
         """Stop the VM in order, and start it by its file as that is then."""
-        if self._stopped.is_set():
-            return
+        if self._stopped.is_set() or self._again:
+            return  # it is on its way down already
         self._again = True
         self._hurry.set()
         if self.vm is not None:
             self.vm.stop()
 
     async def leave(self) -> None:
-        """Let the VM be for another qrapd to adopt, as soon as nothing is under way."""
+        """Let the VM be for another qrapd to adopt, as soon as nothing is under way. Returns when its run is over."""
         async with self._reloading:
             self._leaving = True
             self._hurry.set()
-            if (vm := await self.wait_until_ready()) is not None:
-                await vm.leave()
+            with contextlib.suppress(Conflict):  # it has ended meanwhile
+                while not self._over.is_set():
+                    vm, renewed = await self.wait_until_ready(), self._renewed
+                    await vm.leave()
+                    # One that is being stopped is not left; after a restart there is another one.
+                    await _first_of(renewed, self._over)
 
     async def reload(self) -> None:
         """Read the file again and apply what can be applied to a machine that runs.
@@ -238,15 +248,22 @@ class Supervisor:
         :param companion: runs beside the VM's first run for as long as both like.
         :raise AlreadySupervised: another process has it, or what was left of it cannot be taken over.
         """
-        with self.directory.claim():
-            left = await look_for_left(self.directory, self._handed, self._tell, self._keeper)
-            if left is None and (self._only_left or self._stopped.is_set()):
-                return Outcome(Reason.REQUEST)
-            self._begin(self.plan, left)
-            async with anyio.create_task_group() as self._tasks:
-                outcome = await self._keep_running(companion)
-                self._tasks.cancel_scope.cancel()
-            return outcome
+        try:
+            with self.directory.claim():
+                # Whatever goes wrong: as long as a QEMU may run, what tells of it stays.
+                self.directory.leave_as_it_is()
+                left = await look_for_left(self.directory, self._handed, self._tell, self._keeper)
+                if left is None:
+                    self.directory.clear_up()
+                    if self._only_left or self._stopped.is_set():
+                        return Outcome(Reason.REQUEST)
+                self._begin(self.plan, left)
+                async with anyio.create_task_group() as self._tasks:
+                    outcome = await self._keep_running(companion)
+                    self._tasks.cancel_scope.cancel()
+                return outcome
+        finally:
+            self._over.set()
 
     async def _keep_running(self, companion: Companion | None) -> Outcome:
         while True:
@@ -256,6 +273,7 @@ class Supervisor:
             if outcome.stood_back:
                 self.directory.leave_as_it_is()
                 return outcome
+            self.directory.clear_up()
             if self._stopped.is_set():
                 return outcome
             limits = self.plan.restart
@@ -284,7 +302,9 @@ class Supervisor:
             )
             await self._wait(delay)
             if self._stopped.is_set() or self._leaving:
-                # Whoever comes next starts it, if it is to be started.
+                if not self._stopped.is_set():
+                    # The record says that it ran: by that whoever comes next starts it again.
+                    self.directory.leave_as_it_is()
                 return Outcome(Reason.REQUEST, stood_back=self._leaving)
             self._again, self._hurry = False, anyio.Event()
             self._begin_anew()
@@ -327,10 +347,15 @@ class Supervisor:
         self._begin(replace(self.plan, links=links))
 
     async def wait_until_ready(self) -> Vm:
-        """The VM that runs, or the next one that does. Whoever waits is cancelled when there is to be none."""
-        while self.vm is None or not self.vm.ready.is_set():
-            events = [self._renewed] if self.vm is None else [self.vm.ready, self._renewed]
+        """The VM that runs, or the next one that does.
+
+        :raise Conflict: there is none, and will be none.
+        """
+        while not self._over.is_set() and (self.vm is None or not self.vm.ready.is_set()):
+            events = [self._over, self._renewed] + ([] if self.vm is None else [self.vm.ready])
             await _first_of(*events)
+        if self.vm is None or not self.vm.ready.is_set():
+            raise Conflict("the VM has ended")
         return self.vm
 
     async def _run_once(self, companion: Companion | None) -> Outcome:

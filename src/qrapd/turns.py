@@ -47,7 +47,7 @@ class Turns:
             except BaseException:
                 if given.done() and not given.cancelled():
                     self._give_back()
-                else:
+                elif given in self._waiting:  # else a turn has just passed it by
                     self._waiting.remove(given)
                 raise
         counts = True

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import socket
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from qrapd.console import Console
 from qrapd.errors import AlreadySupervised, QmpFailed, QrapdError, Unavailable
 from qrapd.left_behind import Left
 from qrapd.lifecycle import DEADLINES, TABLE, Action, Deadline, Event, Reason, State, advance, judge_exit
-from qrapd.link import Link, Surroundings
+from qrapd.link import Link, Surroundings, copies
 from qrapd.logs import Emit
 from qrapd.native import NativeLink, keep_awake
 from qrapd.plan import LinkPlan, Plan
@@ -110,6 +109,8 @@ class Vm:
             _LINKS[link.mode](link, Backoff(limits.limit, limits.window), around) for link in plan.links
         ]
         self._left = left
+        self._all_taken = left is None
+        """whether what was left is all in our hands: before that, the record that was found knows more than we do"""
         self._keeper = keeper
         self._stood_back = False
         self.handed_over: dict[str, int] = {}
@@ -335,7 +336,7 @@ class Vm:
         self._post(Event.QEMU_SPAWNED)
 
     def _write_record(self) -> None:
-        if self._qemu is None:
+        if self._qemu is None or not self._all_taken:
             return  # it will be written when there is one
         try:
             record.write(
@@ -405,7 +406,18 @@ class Vm:
     # --- adopting -------------------------------------------------------------------------------------
 
     async def _adopt(self, tasks: TaskGroup) -> None:
-        """Take over what another supervisor has left."""
+        """Take over what another supervisor has left.
+
+        Whatever is in the way of that (too few fds, say, or a bug of ours), the guest is not to pay for it.
+        """
+        try:
+            await self._take_over(tasks)
+        except Exception as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or repr(error)
+            self._error = QmpFailed(f"this supervisor could not take over all of it: {reason}")
+            self._post(Event.QMP_FAILED)
+
+    async def _take_over(self, tasks: TaskGroup) -> None:
         assert self._left is not None
         record, process = self._left.record, self._left.qemu
         try:
@@ -423,15 +435,16 @@ class Vm:
         for link in self.links:
             link.adopt(self._left.take_link(known[link.plan.index]), tasks)
         self._left.handed.close()
+        self._all_taken = True
         await self._connect_qmp(tasks, greeted=True)
 
     def _listen(self, qemu: Qemu, tasks: TaskGroup) -> None:
+        tasks.start_soon(self._watch_qemu, qemu)  # first: whatever fails below, its end must be noticed
         qemu.listen(
             tasks,
             lambda line: self._emit("qemu.output", line=line),
             lambda line: self._emit("guest.console", line=line),
         )
-        tasks.start_soon(self._watch_qemu, qemu)
         for name, fd in self._fds_to_keep(qemu).items():
             self._keeper.store(name, [fd])
 
@@ -444,9 +457,13 @@ class Vm:
         self._stood_back = True
         self._write_record()
         if self._qemu is not None:
-            self.handed_over |= {name: os.dup(fd) for name, fd in self._fds_to_keep(self._qemu).items()}
+            self.handed_over |= copies(self._fds_to_keep(self._qemu))
         for link in self.links:
             self.handed_over |= link.stand_back()
+        if self._left is not None:  # what nobody has taken, where the adoption was cut short
+            handed = self._left.handed
+            rest = {name: handed.take(name) for name in [*handed.fds]}
+            self.handed_over |= {name: fd for name, fd in rest.items() if fd is not None}
 
     # --- stopping -------------------------------------------------------------------------------------
 
@@ -471,7 +488,10 @@ class Vm:
             await self._note_qmp_failure(error)
 
     def _signal(self, number: signal.Signals) -> None:
-        assert self._qemu is not None
+        if self._qemu is None:  # a stop has come, but what was left could not be reached
+            self._stand_back()
+            self.state = State.ENDED
+            return
         self._emit("vm.stopping", reason="request" if self._stop_requested else "failed", how=number.name)
         self._qemu.process.send_signal(number)
 
@@ -538,6 +558,12 @@ class Vm:
             if self._stood_back:
                 self._let_be()
                 return
+            if self._left is not None:
+                self._left.handed.close()
+                if self._status is None and not self._is_ours:
+                    self._directory.leave_as_it_is()
+                    self._let_be()
+                    return
             if self._qemu is not None:
                 self._qemu.monitor.close()
                 if self._qemu.process.alive:
@@ -546,6 +572,11 @@ class Vm:
             for link in self.links:
                 await link.release()
             self._hang_ups.close()
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether a VM that was left is ours to end: it has been taken over, or it was to be stopped."""
+        return self.ready.is_set() or (self._stop_requested and self._qemu is not None)
 
     def _let_be(self) -> None:
         if self._qemu is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,16 +102,23 @@ def write(path: Path, text: str) -> bool:
     if (name := parse(text, path).name) != path.stem:
         problem = Problem("name", f"is not {path.stem}, which it is written for", value=repr(name))
         raise ConfigurationError(str(path), [problem])
-    new = path.with_suffix(".new")
+    # A name of its own: two may write at once, and each has its whole text. By the dot no survey takes it for a VM's.
+    new = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.new")
     try:
         is_new = not path.exists()
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
+        # The mode is as the umask has it, which tempfile would not let it be.
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with open(fd, "wb") as file:  # noqa: PTH123 (a Path has no fd to open)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(fd)  # the host may lose its power: not the name without the contents
         new.replace(path)
     except OSError as error:
+        raise _not_changeable(path, error) from error
+    finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
-        raise _not_changeable(path, error) from error
     return is_new
 
 

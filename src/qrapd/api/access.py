@@ -48,8 +48,6 @@ class Policy:
     """Its members may do everything; None: nobody else may."""
     read_only_group: int | None = None
     """Its members may look on."""
-    read_only_everyone: bool = False
-    """Whoever can connect may look on."""
     group_name: str | None = None
     read_only_group_name: str | None = None
     """What messages call the groups; None: by their numbers."""
@@ -59,7 +57,7 @@ def decide(policy: Policy, peer: Peer) -> Access:
     """What a peer may do."""
     if peer.uid in (0, policy.own_uid) or _is_in(policy.group, peer):
         return Access.WRITE
-    if policy.read_only_everyone or _is_in(policy.read_only_group, peer):
+    if _is_in(policy.read_only_group, peer):
         return Access.READ
     return Access.NONE
 

@@ -50,18 +50,20 @@ def _say_nothing(_request: str, _error: BaseException) -> None:
     pass
 
 
-def make_app(host: Host, policy: Policy, *, report: Report = _say_nothing) -> App:
+def make_app(host: Host, policy: Policy | Callable[[], Policy], *, report: Report = _say_nothing) -> App:
     """The ASGI application.
+
+    :param policy: who may do what; a function is asked each time.
 
     It wants to find the peer in ``scope["state"]["peer"]``, as an :class:`qrapd.api.access.Peer`.
 
     :param report: is told of bugs: which request it was, with the reference that the client got, and the error.
     """
-    return _Api(host, policy, report)
+    return _Api(host, policy if callable(policy) else lambda: policy, report)
 
 
 class _Api:
-    def __init__(self, host: Host, policy: Policy, report: Report) -> None:
+    def __init__(self, host: Host, policy: Callable[[], Policy], report: Report) -> None:
         self._host = host
         self._policy = policy
         self._report = report
@@ -111,8 +113,8 @@ class _Api:
 
     def _check(self, connection: HTTPConnection, needed: Access) -> None:
         peer: Peer = connection.state.peer
-        if decide(self._policy, peer) < needed:
-            raise Failure(403, refusal(self._policy, peer, needed))
+        if decide(policy := self._policy(), peer) < needed:
+            raise Failure(403, refusal(policy, peer, needed))
 
     async def _nowhere(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
         self._check(HTTPConnection(scope), Access.READ)
