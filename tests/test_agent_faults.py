@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,73 @@ def power_off(agent: AgentRun, host: AgentHost) -> None:
 
 
 # ---- one VM
+
+
+def is_another(agent: AgentRun, status: Status) -> bool:
+    """Whether the VM's QEMU is not the one that it was."""
+    return bool(agent.status(str(status["name"]))["qemu_pid"] != status["qemu_pid"])
+
+
+def write_restarting(host: AgentHost, name: str) -> None:
+    """One that is started again, a while after it has failed."""
+    vm = host.write(name)
+    vm.path.write_text(f'{vm.path.read_text()}\n[restart]\npolicy = "on-failure"\n')
+
+
+def test_a_place_is_given_back_by_a_second_try(host: AgentHost) -> None:
+    """The first QEMU fails, the second one comes up: the VM after it gets its place."""
+    (host.place / "agent.toml").write_text("starts_at_once = 1\n")
+    marker, program = host.place / "tried", host.place / "qemu-once"
+    qemu = shutil.which("qemu-system-x86_64")
+    program.write_text(f'#!/bin/sh\n[ -e {marker} ] || {{ : >{marker}; exit 1; }}\nexec {qemu} "$@"\n')
+    program.chmod(0o755)
+    vm = host.write("a", qemu=f'binary = "{program}"\nsandbox = false\npowerdown_timeout = 0.2')
+    vm.path.write_text(f'{vm.path.read_text()}\n[restart]\npolicy = "on-failure"\n')
+    for name in ("b", "c"):
+        host.write(name)
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        agent.wait_all("ready", ["a", "b", "c"])
+        assert 1 == agent.status("a")["restarts"]
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+def test_what_waits_for_its_restart_comes_back_under_the_next_agent(host: AgentHost) -> None:
+    """Whether the agent ends in order or not: the file says so."""
+    write_restarting(host, "web")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        status = agent.wait_state("web", "ready")
+        while not any(each["delay_ms"] > 1000 for each in agent.told("vm.restarting")):
+            os.kill(status["qemu_pid"], signal.SIGKILL)
+            wait_until(partial(is_another, agent, status), "it runs on")
+            if agent.told("vm.restarting")[-1]["delay_ms"] <= 1000:
+                status = agent.wait_state("web", "ready")
+        assert ExitStatus.OK == agent.stop(signal.SIGTERM)
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        agent.wait_state("web", "ready")
+        power_off(agent, host)
+
+
+def test_who_is_powering_down_is_not_hurried(host: AgentHost) -> None:
+    """A stop after a restart, and the host's going down after a stop, leave the guest the time that it has."""
+    host.write("web", qemu="powerdown_timeout = 3")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        agent.wait_state("web", "ready")
+        agent.act("web", "restart")
+        agent.wait_for("vm.stopping", vm="web")
+        agent.act("web", "stop")
+        agent.act("web", "stop")
+        assert ExitStatus.OK == agent.stop(signal.SIGPWR)
+        first, second = agent.told("vm.stopping", vm="web")
+        assert ("power-down", "quit") == (first["how"], second["how"])
+        seconds = datetime.fromisoformat(second["timestamp"]) - datetime.fromisoformat(first["timestamp"])
+        assert seconds.total_seconds() > 2.9  # at least: what was asked meanwhile has not hurried it
+        assert 1 == len(agent.told("vm.ready"))
+        host.assert_nothing_left()
 
 
 def test_starts_that_fail(host: AgentHost) -> None:
