@@ -238,32 +238,32 @@ class TestInSystemd:
 
     def test_it_is_killed_under_traffic(self, agent: Booted, guest: GuestImage) -> None:
         """Each time another one takes the VM over with what is in the fd store, and no request fails."""
-        file = give(agent, "kept", guest)
+        file = give(agent, "lasting", guest)
         agent.systemctl("start", AGENT)
         wait_for_http(agent, file.ports[0], AGENT)
-        before, running = uptime(file.ports[0]), pids(agent, "kept")
+        before, running = uptime(file.ports[0]), pids(agent, "lasting")
         fds = count_fds(agent, running[0])
         with requests(file.ports[0]) as failures:
             for _ in range(3):
                 kill_agent(agent)
         assert [] == failures
-        assert running == pids(agent, "kept")
+        assert running == pids(agent, "lasting")
         assert fds == count_fds(agent, running[0])
         assert before < uptime(file.ports[0])
-        assert 3 == told(agent, "kept").count("vm.adopted")
+        assert 3 == told(agent, "lasting").count("vm.adopted")
         # QEMU's pidfd and output, the link's stream, and passt's pidfd and output: each once.
         assert "5" == agent.show(AGENT, "NFileDescriptorStore")
 
     def test_it_hangs(self, agent: Booted, guest: GuestImage) -> None:
         """The watchdog replaces an agent whose loop stands still, and the guest is unharmed."""
         drop_in(agent, "10", "WatchdogSec=2\nTimeoutAbortSec=1\n", "qrapd-agent")
-        file = give(agent, "still", guest)
+        file = give(agent, "calm", guest)
         agent.systemctl("start", AGENT)
         wait_for_http(agent, file.ports[0], AGENT)
-        before, running = uptime(file.ports[0]), pids(agent, "still")
+        before, running = uptime(file.ports[0]), pids(agent, "calm")
         agent.run("kill", "-STOP", agent.show(AGENT, "MainPID"), check=True)
-        agent.wait_for("an adoption", lambda: "vm.adopted" in told(agent, "still"), AGENT)
-        assert running == pids(agent, "still")
+        agent.wait_for("an adoption", lambda: "vm.adopted" in told(agent, "calm"), AGENT)
+        assert running == pids(agent, "calm")
         assert before < uptime(file.ports[0])
 
     def test_restart_reload_and_upgrade(self, agent: Booted, guest: GuestImage) -> None:
@@ -325,7 +325,7 @@ class TestInSystemd:
         """Then the guests are powered down in order; and a boot brings agent and VMs up again."""
         log = agent.path("/var/lib/qrapd/log")
         keep_log(agent, "/etc/systemd/system", "qrapd agent --config-dir /etc/qrapd", "/var/lib/qrapd/log")
-        file = give(agent, "whole", guest)
+        file = give(agent, "entire", guest)
         agent.systemctl("enable", "--now", AGENT)
         wait_for_http(agent, file.ports[0], AGENT)
         try:
