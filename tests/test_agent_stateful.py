@@ -661,4 +661,4 @@ def test_the_agent_says_what_there_is() -> None:
 @pytest.mark.timeout(1800)
 def test_the_agent_says_what_there_is_for_longer() -> None:
     """As above, more often and for longer."""
-    run(examples=40, steps=25)
+    run(examples=12, steps=20)
