@@ -68,6 +68,15 @@ async def session(qemu: Monitored) -> AsyncIterator[Qmp]:
         await qmp.close()
 
 
+async def ask_for_status(connection: socket.socket) -> None:
+    """A session of one question."""
+    qmp = await Qmp.connect(connection, "test")
+    try:
+        await qmp.execute("query-status")
+    finally:
+        await qmp.close()
+
+
 def ignore(_name: str, _data: Mapping[str, Any]) -> None:
     """An event that is of no interest."""
 
@@ -193,6 +202,19 @@ async def test_a_qemu_that_dies_before_it_greets(tmp_path: Path) -> None:
         qemu.process.send_signal(signal.SIGKILL)
         with pytest.raises(QmpFailed, match="QEMU's monitor did not answer"):
             await qemu.connect()
+
+
+async def test_a_qemu_that_dies_once_it_has_negotiated() -> None:
+    """At whatever moment the hang-up is seen, it is one, and no bug."""
+    greeting = b'{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}'
+    negotiated = b'{"return": {}, "id": "__qmp#00000"}'
+    for _ in range(20):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.send(b"%b\r\n%b\r\n" % (greeting, negotiated))
+            theirs.shutdown(socket.SHUT_WR)
+            with pytest.raises(QmpFailed):
+                await ask_for_status(ours)
 
 
 async def test_something_else_than_qemu() -> None:

@@ -64,8 +64,11 @@ class Qmp:
                 f"QEMU's monitor did not answer as one does ({type(error.exc).__name__})",
                 hint="is `binary` really QEMU? See what it wrote (qemu.output events)",
             ) from error
-        except BaseException:  # a cancellation
+        except BaseException as error:  # a cancellation
             await cls(client).close()
+            if isinstance(error, AssertionError):
+                # qemu.qmp takes it for granted that nobody hangs up in the moment in which the negotiation succeeds.
+                raise QmpFailed("QEMU hung up as soon as its monitor had answered") from error
             raise
         return cls(client)
 
