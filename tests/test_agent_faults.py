@@ -20,7 +20,8 @@ import pytest
 from agent_runner import AgentHost, AgentRun, Status, agent_host, identity, patched, wait_until
 from qrapd.errors import ExitStatus
 from qrapd.qmp import COMMAND_TIMEOUT
-from support import PATIENCE, Run, free_port
+from qrapd.runtime_directory import VmDirectory
+from support import PATIENCE, Run, free_port, write_vm
 
 
 @pytest.fixture
@@ -404,7 +405,7 @@ def test_a_vm_that_a_shell_runs(host: AgentHost) -> None:
 
 
 def test_a_running_vm_without_a_file(host: AgentHost) -> None:
-    """Its file went while no agent was there: `qrapd ps` shows it, and once the file is back a start takes it over."""
+    """Its file went while no agent was there: the next one looks after it all the same, for nobody else would."""
     host.write("kept")
     vm = host.write("orphan")
     text = vm.path.read_text()
@@ -414,12 +415,92 @@ def test_a_running_vm_without_a_file(host: AgentHost) -> None:
         assert ExitStatus.OK == agent.stop()
     vm.path.unlink()
     with host.agent() as agent:
-        assert 1 == agent.wait_for("agent.ready")["adopted"]
-        orphan = ps(host)["orphan"]
-        assert ("failed", before["qemu_pid"]) == (orphan["state"], orphan["qemu_pid"])
+        assert 2 == agent.wait_for("agent.ready")["adopted"]
+        assert ["no such file" in each["problem"] for each in agent.told("config.invalid", vm="orphan")] == [
+            True
+        ]
+        assert identity(before) == identity(agent.wait_state("orphan", "ready"))
+        assert "agent" == ps(host)["orphan"]["origin"]
+        # Its passt is replaced as it was started.
+        os.kill(before["links"][0]["passt_pid"], signal.SIGKILL)
+        agent.wait_for("link.restored", vm="orphan")
+        # What could not come up again does not go down.
+        answer = agent.request("POST", "/v1/vms/orphan/restart")
+        assert 422 == answer.status_code, answer.text
+        assert before["qemu_pid"] == agent.status("orphan")["qemu_pid"]
         vm.path.write_text(text)
         agent.process.send_signal(signal.SIGHUP)
-        agent.wait_for("vm.adopted", vm="orphan")
-        assert identity(before) == identity(agent.wait_state("orphan", "ready"))
+        agent.wait_for("agent.reloaded")
+        agent.act("orphan", "restart")
+        agent.wait_for_other_qemu("orphan", before["qemu_pid"])
         agent.assert_no_bug()
         power_off(agent, host)
+
+
+def test_the_host_goes_down_with_a_vm_without_a_file(host: AgentHost) -> None:
+    """It is powered down as the others are."""
+    vm = host.write("orphan")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        qemu = agent.wait_state("orphan", "ready")["qemu_pid"]
+        assert ExitStatus.OK == agent.stop()
+    vm.path.unlink()
+    with host.agent() as agent:
+        assert 1 == agent.wait_for("agent.ready")["adopted"]
+        agent.process.send_signal(signal.SIGPWR)
+        assert "power-down" == agent.wait_for("vm.stopping", vm="orphan")["how"]
+        os.kill(
+            qemu, signal.SIGKILL
+        )  # it has no guest that would heed its power button, and the file's timeout is gone
+        assert ExitStatus.OK == agent.wait()
+        agent.assert_no_bug()
+    host.assert_nothing_left()
+
+
+def test_what_others_have_left_without_a_file(host: AgentHost) -> None:
+    """A shell's or a unit's is not the agent's to look after, nor is what only looks like a VM's directory."""
+    host.write("kept")
+    vm = write_vm(host.place, "other", qemu="powerdown_timeout = 0.2")
+    with Run(vm.path, host.base) as other:
+        other.wait_for("vm.ready")
+        host.note(*other.children)
+        other.process.kill()
+        other.process.wait()
+    (host.base / "forged").symlink_to(host.base / "other")
+    (host.base / "strange" / "record.json").mkdir(parents=True)
+    with host.agent() as agent:
+        assert 0 == agent.wait_for("agent.ready")["adopted"]
+        assert {"kept"} == set(agent.statuses())
+        agent.assert_no_bug()
+        agent.wait_state("kept", "ready")
+        assert ExitStatus.OK == agent.stop(signal.SIGPWR)
+    assert ["other"] == [name for name in ps(host) if name == "other"]
+    stop = [sys.executable, "-m", "qrapd", "stop", "other", "--runtime-dir", str(host.base)]
+    stopped = subprocess.run(stop, check=False, capture_output=True, text=True, timeout=PATIENCE)
+    assert ExitStatus.OK == stopped.returncode, stopped.stderr
+    (host.base / "forged").unlink()
+    (host.base / "strange" / "record.json").rmdir()
+    (host.base / "strange").rmdir()
+    host.assert_nothing_left()
+
+
+def test_the_host_goes_down_while_the_agent_leaves(host: AgentHost) -> None:
+    """What it has left already it takes over once more, to power it down."""
+    host.write("left", links=2)
+    host.write("stopping", qemu="powerdown_timeout = 60")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_all("ready", ["left", "stopping"])
+        agent.act("stopping", "stop")
+        agent.wait_for("vm.stopping", vm="stopping")
+        agent.process.send_signal(signal.SIGTERM)  # it waits for the one that is on its way down
+        wait_until(lambda: VmDirectory(host.base, "left").supervisor_pid() is None, "the other one is left")
+        agent.process.send_signal(signal.SIGPWR)
+        wait_until(lambda: bool(agent.told("vm.exited", vm="left")), "it is powered down")
+        os.kill(before["stopping"]["qemu_pid"], signal.SIGKILL)
+        assert ExitStatus.OK == agent.wait()
+        assert ["leave", "power-down"] == [each["how"] for each in agent.told("agent.stopping")]
+        assert "power-down" == agent.told("vm.stopping", vm="left")[0]["how"]
+        assert ["request"] == [each["reason"] for each in agent.told("vm.exited", vm="left")]
+        agent.assert_no_bug()
+    host.assert_nothing_left()

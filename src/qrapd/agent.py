@@ -11,7 +11,7 @@ import grp
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from qrapd import agent_socket, vm_files
+from qrapd import agent_socket, record, vm_files
 from qrapd.agent_file import AgentFile
 from qrapd.agent_socket import AgentSocket
 from qrapd.agent_vm import AgentVm, Shared
@@ -103,8 +103,10 @@ async def run_agent(
     with receive_signals(SIGTERM, SIGINT, SIGHUP, SIGUSR2, SIGPWR) as signals, agent_socket.claim(base):
 
         def abandon_all(outcome: AgentOutcome) -> NoReturn:
-            fds = {**outcome.fds, **place.hand_over()} if outcome.upgrade else outcome.fds
-            abandon(AgentOutcome(outcome.upgrade, fds))
+            if outcome.upgrade:
+                signals.hold()
+                outcome = AgentOutcome(True, {**outcome.fds, **place.hand_over()})
+            abandon(outcome)
 
         place = AgentSocket(
             socket_path or base / "agent.sock", handed.take(AGENT_SOCKET), handed.take(OWN_AGENT_SOCKET)
@@ -123,6 +125,7 @@ async def run_agent(
         try:
             outcome = await agent.run(signals, serve_api, watchdog)
             if outcome.upgrade:
+                signals.hold()
                 return AgentOutcome(True, {**outcome.fds, **place.hand_over()})
             return outcome
         finally:
@@ -180,7 +183,7 @@ class Agent:
         self._vms: dict[str, AgentVm] = {}
         self._shared: Shared | None = None
         self._end = anyio.Event()
-        self._power_down = False
+        self._host_ends = anyio.Event()
         self._upgrade = False
         self._began = time.monotonic()
         self._adoption_seconds: float | None = None
@@ -233,7 +236,7 @@ class Agent:
 
     async def run(
         self,
-        signals: AsyncIterator[Signals],
+        signals: AsyncIterable[Signals],
         serve_api: Callable[[], Awaitable[None]],
         watchdog: float | None = None,
     ) -> AgentOutcome:
@@ -280,14 +283,15 @@ class Agent:
         except Exception as error:
             self.report(name, error)
 
-    async def _obey(self, signals: AsyncIterator[Signals], tasks: TaskGroup) -> None:
+    async def _obey(self, signals: AsyncIterable[Signals], tasks: TaskGroup) -> None:
         async for number in signals:
             if number == SIGHUP:
                 self._begin(tasks, "a reload", self.reload)
                 continue
             # A stop that comes after an upgrade has begun is meant: there is to be no agent.
             self._upgrade = number == SIGUSR2 and (self._upgrade or not self._end.is_set())
-            self._power_down = self._power_down or number == SIGPWR
+            if number == SIGPWR:
+                self._host_ends.set()
             self._end.set()
 
     async def _be_alive(self, seconds: float) -> None:
@@ -323,6 +327,7 @@ class Agent:
         """Adopt what an earlier agent has left, wanted or not, before anything else is started."""
         async with self._reloading:
             wanted = await self._scan()
+            await self._add_without_file()
             left = [vm for vm in self._vms.values() if vm.was_left and not vm.runs]
             for vm in left:
                 vm.begin(self._handed.of(vm.name), only_left=True)
@@ -335,6 +340,13 @@ class Agent:
         self._emit("agent.ready", vms=len(self._vms), adopted=sum(vm.runs for vm in left))
         self._notifier.tell(READY=1)
         self._start(wanted)
+
+    async def _add_without_file(self) -> None:
+        """What an earlier agent has left running is this one's, too, where its file is gone: it is nobody else's."""
+        assert self._shared is not None
+        for name in await anyio.to_thread.run_sync(record.of_agents, self._base):
+            if name not in self._vms:
+                self._vms[name] = AgentVm(self._directory / "vms" / f"{name}.toml", self._shared)
 
     def _start(self, names: Iterable[str]) -> list[str]:
         if self._end.is_set():
@@ -401,17 +413,39 @@ class Agent:
     async def _see_off(self) -> AgentOutcome:
         """Leave the VMs for the next agent; or stop them, where the host goes down."""
         running = [vm for vm in self._vms.values() if vm.runs]
-        how = "power-down" if self._power_down else "leave"
-        self._emit("agent.stopping", how=how, vms=len(running))
-        seconds = max((vm.stop_seconds for vm in running), default=0.0) if self._power_down else LEAVE_TIMEOUT
-        usec = round((seconds + STOP_MARGIN) * 1_000_000)
-        if not self._upgrade:  # systemd would wait for this process to end, and then kill it
-            self._notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=usec)
-        with anyio.move_on_after(seconds + STOP_MARGIN if self._power_down else seconds):
-            async with anyio.create_task_group() as tasks:
-                for vm in running:
-                    self._begin(tasks, "leaving a VM", vm.power_down if self._power_down else vm.leave)
-        if self._power_down:
-            self._autostarted.clear()
+        to_stop = max((vm.stop_seconds for vm in running), default=0.0) + STOP_MARGIN
+        if not self._host_ends.is_set():
+            await self._leave(running)
+        if self._host_ends.is_set():  # which it may have come to meanwhile
+            await self._power_down(running, to_stop)
         fds = {f"{vm.name}.{name}": fd for vm in running for name, fd in vm.left.items()}
         return AgentOutcome(self._upgrade, fds)
+
+    async def _leave(self, running: Sequence[AgentVm]) -> None:
+        self._tell_end("leave", running, LEAVE_TIMEOUT)
+
+        async def wait_for_hosts_end() -> None:
+            await self._host_ends.wait()
+            waiting.cancel_scope.cancel()
+
+        with anyio.move_on_after(LEAVE_TIMEOUT):
+            async with anyio.create_task_group() as waiting:
+                waiting.start_soon(wait_for_hosts_end)
+                async with anyio.create_task_group() as tasks:
+                    for vm in running:
+                        self._begin(tasks, "leaving a VM", vm.leave)
+                waiting.cancel_scope.cancel()
+
+    async def _power_down(self, running: Sequence[AgentVm], seconds: float) -> None:
+        self._tell_end("power-down", running, seconds)
+        with anyio.move_on_after(seconds):
+            async with anyio.create_task_group() as tasks:
+                for vm in running:
+                    self._begin(tasks, "powering a VM down", vm.power_down)
+        self._autostarted.clear()
+
+    def _tell_end(self, how: str, running: Sequence[AgentVm], seconds: float) -> None:
+        self._emit("agent.stopping", how=how, vms=len(running))
+        if not self._upgrade:  # systemd would wait for this process to end, and then kill it
+            usec = round((seconds + STOP_MARGIN) * 1_000_000)
+            self._notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=usec)

@@ -161,9 +161,15 @@ class AgentVm(SupervisedVm):
         return plan.powerdown_timeout + 2 * plan.quit_timeout if plan is not None else 0.0
 
     async def power_down(self) -> None:
-        """Stop it, and wait for its end."""
-        await self.stop()
-        await self._ended.wait()
+        """Stop it, and wait for its end. If it has been left just now, it is taken over for that."""
+        for _ in range(2):  # it may be left in the very moment
+            if not self.runs:
+                if not self.was_left:
+                    return
+                left, self.left = self.left, {}
+                self.begin(HandedOver({name: [fd] for name, fd in left.items()}), only_left=True)
+            await self.stop()
+            await self._ended.wait()
 
     def refuse(self, error: QrapdError) -> None:
         """Its file is wrong."""
@@ -199,6 +205,7 @@ class AgentVm(SupervisedVm):
                     self._shared.base,
                     self._emit,
                     keeper=self._shared.keeper(self.name),
+                    origin="agent",
                     reread=self._read,
                     handed=handed,
                     only_left=not plan.can_start or (only_left and not _is_wanted_again(plan)),

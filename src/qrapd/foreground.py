@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR2, Signals
@@ -79,6 +79,8 @@ async def supervise(
             )
             tasks.start_soon(foreground.obey, signals)
             outcome = await foreground.run(companion)
+            if outcome.stood_back:
+                signals.hold()
             tasks.cancel_scope.cancel()
     if outcome.error is not None:
         raise outcome.error
@@ -121,6 +123,7 @@ class _Foreground:
             base,
             self._vm.track(self._tell),
             keeper=notifier,
+            origin=origin,
             reread=reread,
             handed=handed,
             only_left=only_left,
@@ -136,7 +139,7 @@ class _Foreground:
 
     # --- its life -------------------------------------------------------------------------------------
 
-    async def obey(self, signals: AsyncIterator[Signals]) -> None:
+    async def obey(self, signals: AsyncIterable[Signals]) -> None:
         """Do what the signals say."""
         async for number in signals:
             if number == SIGHUP:

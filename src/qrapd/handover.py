@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from qrapd.errors import ExitStatus
 from qrapd.process import pid_of
+from qrapd.signals import pass_on
 from qrapd.systemd import take_stored_fds
 
 __all__ = ["AGENT_SOCKET", "OWN_AGENT_SOCKET", "HandedOver", "become_successor", "take_fds"]
@@ -113,6 +114,7 @@ def become_successor(fds: Mapping[str, int], environment: Mapping[str, str]) -> 
     else:
         argv = [sys.executable, "-m", "qrapd", *sys.argv[1:]]
     kept = {name: value for name, value in environment.items() if name not in _LISTEN}
+    pass_on()
     try:
         os.execve(argv[0], argv, {**kept, VARIABLE: pairs})  # noqa: S606 (no shell, as always)
     except OSError as error:

@@ -66,7 +66,10 @@ class SupervisedVm:
             self.supervisor.stop()
 
     async def restart(self) -> None:
-        self._required.restart()
+        supervisor = self._required
+        if not supervisor.plan.can_start:
+            await supervisor.read_file()  # what could not come up again must not go down
+        supervisor.restart()
 
     async def kill(self) -> None:
         if self.supervisor is not None:

@@ -7,18 +7,24 @@ over; it never starts a second QEMU on the same disks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qrapd.forwards import Changed
 from qrapd.process import Hidden, start_time
 
-__all__ = ["LinkRecord", "ProcessId", "Record", "Unusable", "read", "write"]
+if TYPE_CHECKING:
+    from qrapd.vm_status import Origin
+
+__all__ = ["LinkRecord", "ProcessId", "Record", "Unusable", "of_agents", "read", "write"]
 
 VERSION = 2
+"""Counted up where an older qrapd would understand a record wrongly; what it does not look for may come in."""
 
 
 class Unusable(ValueError):
@@ -84,6 +90,8 @@ class Record:
     links: tuple[LinkRecord, ...] = ()
     supervisor: ProcessId | None = None
     """whoever wrote this"""
+    origin: Origin | None = None
+    """what that is; None: written by a qrapd that did not say"""
 
 
 def write(path: Path, record: Record) -> None:
@@ -117,11 +125,29 @@ def read(path: Path) -> Record | None:
             qemu=ProcessId(**data["qemu"]),
             links=tuple(_link(link) for link in data["links"]),
             supervisor=_process(data["supervisor"]),
+            origin=data.get("origin"),
         )
     except Unusable:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Unusable(f"{path} is damaged") from None
+
+
+def of_agents(base: Path) -> list[str]:
+    """The VMs that an agent runs, or has left running: whose records in the runtime directory ``base`` say so.
+
+    Another user's are passed over: that may be a directory made to lead astray whoever looks into it.
+    """
+    found = []
+    for directory in sorted(base.iterdir()) if base.is_dir() else ():
+        with contextlib.suppress(OSError, Unusable):
+            status = directory.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            there = read(directory / "record.json")
+            if there is not None and there.origin == "agent":
+                found.append(directory.name)
+    return found
 
 
 def _link(data: dict[str, Any]) -> LinkRecord:

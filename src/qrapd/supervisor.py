@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -37,6 +37,9 @@ from qrapd.runtime_directory import VmDirectory
 from qrapd.systemd import Keeper
 from qrapd.vm import Outcome, Vm
 
+if TYPE_CHECKING:
+    from qrapd.vm_status import Origin
+
 __all__ = ["Companion", "Supervisor", "tell_failure"]
 
 Companion = Callable[[Vm], Coroutine[Any, Any, None]]
@@ -52,6 +55,7 @@ class Supervisor:
     :param base: the runtime directory, above the VM's own.
     :param reread: makes the plan anew from the VM's file; runs in a thread.
     :param keeper: keeps fds for the supervisor that comes after this one.
+    :param origin: what runs this supervisor: that, too, is for the one after it.
     :param handed: the fds that an earlier supervisor has had kept.
     :param only_left: do nothing if no VM was left running.
     :param note_machine: is told of each machine before anything of it runs: it may have other NICs than the last one.
@@ -64,6 +68,7 @@ class Supervisor:
         emit: Emit,
         *,
         keeper: Keeper,
+        origin: Origin,
         reread: Callable[[], Plan] | None = None,
         handed: HandedOver | None = None,
         only_left: bool = False,
@@ -77,6 +82,7 @@ class Supervisor:
         self._emit: Emit = partial(emit, vm=plan.name)
         self._tell = emit
         self._keeper = keeper
+        self._origin = origin
         self._reread = reread
         self._handed = handed or HandedOver()
         self._only_left = only_left
@@ -333,7 +339,7 @@ class Supervisor:
             fitting = self._keep_forwards(
                 fitting, {link.index: link.changed for link in left.record.links if link.changed is not None}
             )
-        self.vm = Vm(fitting, self.directory, self._tell, keeper=self._keeper, left=left)
+        self.vm = Vm(fitting, self.directory, self._tell, keeper=self._keeper, origin=self._origin, left=left)
         self._note_machine(self.vm)
         if self._stopped.is_set():
             self.vm.stop()

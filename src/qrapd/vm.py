@@ -33,6 +33,7 @@ from qrapd.vhost_user import VhostUserLink
 
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
+    from qrapd.vm_status import Origin
 
 __all__ = ["Outcome", "Vm"]
 
@@ -87,9 +88,11 @@ class Vm:
         emit: Emit,
         *,
         keeper: Keeper,
+        origin: Origin,
         left: Left | None = None,
     ) -> None:
         self.plan = plan
+        self._origin = origin
         self.state = State.NEW
         self._directory = directory
         self._emit: Emit = partial(emit, vm=plan.name)
@@ -345,6 +348,7 @@ class Vm:
                     record.ProcessId(self._qemu.pid, self._qemu.process.start_time),
                     tuple(link.record for link in self.links),
                     record.ProcessId.of_this(),
+                    self._origin,
                 ),
             )
         except OSError as error:

@@ -58,6 +58,8 @@ def read(path: Path) -> VmConfiguration:
         text = _read_regular(path).decode(
             "utf-8-sig"
         )  # a byte order mark is no part of TOML, and does no harm
+    except FileNotFoundError:
+        problem = Problem("", "there is no such file", hint="put it back; what runs of the VM runs on")
     except IsADirectoryError:
         problem = Problem("", "is a directory", hint="name the file in it, or put a file in its place")
     except OSError as error:

@@ -88,7 +88,7 @@ def _status(
     return {
         "name": directory.path.name,
         "state": state,
-        "origin": origin_of(_read(f"/proc/{shown}/cgroup"), _words(shown)),
+        "origin": (found and found.origin) or origin_of(_read(f"/proc/{shown}/cgroup"), _words(shown)),
         "qemu_pid": found.qemu.pid if found and runs else None,
         "since": _changed(directory),
         "restarts": 0,

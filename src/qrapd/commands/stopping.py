@@ -99,7 +99,7 @@ class _Stopping:
         if status is not None:
             return status
         if plan is None:
-            plan = read_plan(file)
+            plan = self._read_plan(file)
             if plan.name != name and (status := self._stop_running(plan.name)) is not None:
                 return status
         return self._stop_left(plan)
@@ -140,6 +140,19 @@ class _Stopping:
                 f"{name}: it still runs after {self._timeout:g} s, and is no longer waited for",
                 hint=f"what was begun goes on: qrapd show {name}",
             )
+
+    def _read_plan(self, name: str) -> Plan:
+        """By the file; where that is wrong, or gone, what was left is known by its record well enough to be stopped."""
+        from qrapd import vm_files
+        from qrapd.plan import unreadable
+        from qrapd.runtime_directory import VmDirectory
+
+        try:
+            return read_plan(name)
+        except QrapdError:
+            if not VmDirectory(self._where.base, name).record_path.exists():
+                raise
+            return unreadable(vm_files.directory(os.environ, os.geteuid()) / f"{name}.toml")
 
     def _stop_left(self, plan: Plan) -> int:
         """Take over what a supervisor has left, just to stop it."""
@@ -202,7 +215,7 @@ class _Stopping:
                 return partial(self._await_process, name, supervisor)
             if not agent_has(self._where, name):
                 # Nobody can be told: taking it over is what takes the time, and comes with the waits.
-                return partial(self._stop_left, read_plan(name))
+                return partial(self._stop_left, self._read_plan(name))
         self._ask_agent(name, lambda client: client.act(name, "stop"), wait=False)
         # A second request might be the next, rougher step.
         return partial(self._ask_agent, name, lambda client: client.vm(name), wait=True)
