@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,16 +37,19 @@ LAYERS = [
     ["native", "vhost_user"],
     ["link"],
     # a link's way out, and its place in QEMU
-    ["connection", "hub", "left_behind"],
+    ["connection", "hub", "left_behind", "machine"],
+    ["foreign_passt", "surroundings"],
     # one peer each
     ["agent_socket", "autostarted", "listeners", "passt", "probe", "qemu", "qmp", "stream"],
-    ["handover", "running", "wrap"],
+    ["elsewhere", "handover", "kept_fds", "running", "wrap"],
     ["hosting"],
     ["console", "event_log", "pesto"],
+    ["deadlines", "link_events", "link_plans", "outcome"],
     # what is to be started here, and what was
     ["plan", "record", "vm_files"],
     # the operating system
     [
+        "background",
         "binaries",
         "failed_starts",
         "garbage",
@@ -68,13 +72,14 @@ LAYERS = [
     ["forwards", "guest_memory", "hub_mtu", "reload"],
     ["agent_file", "config", "restart"],
     ["passt_options", "status_tracker"],
-    ["lifecycle", "link_lifecycle", "messages", "ports", "vm_status"],
+    ["lifecycle", "link_lifecycle", "messages", "ports", "retries", "vm_status"],
     # and these with the standard library alone
     [
         "backoff",
         "errors",
         "frames",
         "lines",
+        "loss",
         "qrap_arguments",
         "rate_limit",
         "stall",
@@ -211,6 +216,13 @@ def test_layers() -> None:
     """Modules import from lower layers only, pure ones do no I/O, and few know of terminals."""
     if found := faults(PROJECT / "src"):
         pytest.fail("\n".join(found), pytrace=False)
+
+
+def test_layers_are_documented() -> None:
+    """The table for readers has every module."""
+    table = (PROJECT / "docs" / "architecture.md").read_text("utf-8").partition("\n## Layers\n")[2]
+    named = set(re.findall(r"`(\w+)`", table.partition("\n## ")[0]))
+    assert set() == HEIGHT.keys() - named - {"__init__"}
 
 
 CASES = {

@@ -23,10 +23,11 @@ import pytest
 from qrapd import probe
 from qrapd.backoff import Backoff
 from qrapd.guest import GuestImage
-from qrapd.link import Link, Surroundings
+from qrapd.link import Link
 from qrapd.plan import LinkPlan
 from qrapd.qmp import Qmp
 from qrapd.stream import HangUpWatch
+from qrapd.surroundings import Surroundings
 from qrapd.systemd import Notifier
 from qrapd.unix_sockets import Kind, look_at
 from support import PATIENCE, Run, fetch, free_port

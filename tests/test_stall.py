@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count, islice
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrapd import stall
-from qrapd.stall import Signs, StallJudge, Verdict
+from qrapd.stall import LATE, LOOK_INTERVAL, TICK, Signs, StallJudge, Verdict, next_look_at
 
 FINE, ANNOUNCE, STALLED = Verdict
 
@@ -321,3 +322,40 @@ def test_a_stop_that_does_not_last_is_none() -> None:
 def test_a_child_that_proc_hides() -> None:
     """Its activity is not known, but that it is stopped is: by waitid()."""
     assert [FINE] * 5 + [STALLED] == verdicts(StallJudge(5), [Signs(0, stopped=True)] * 6)
+
+
+# ---- when to look
+
+CLOCKS = st.floats(0, 1e7)
+
+
+@given(CLOCKS, st.floats(0, 1e5), st.floats(0, LOOK_INTERVAL, exclude_max=True))
+def test_a_doubt_is_followed_up_exactly(begun: float, later: float, wait: float) -> None:
+    """And not rounded to anything."""
+    now = begun + later
+    assert now + wait == next_look_at(now, wait, begun)
+
+
+@given(CLOCKS, st.floats(0, 1e5))
+def test_without_a_doubt_looks_fall_on_a_tick(begun: float, later: float) -> None:
+    """About a second later, so that no look is so late that it would not be counted."""
+    now = begun + later
+    at = next_look_at(now, LOOK_INTERVAL, begun)
+    assert at / TICK == pytest.approx(round(at / TICK), abs=1e-4)
+    assert LOOK_INTERVAL / 2 - 1e-6 <= at - now <= 1.5 * LOOK_INTERVAL + 1e-6 < LATE
+
+
+@given(CLOCKS, st.lists(st.floats(0, 0.49), min_size=1, max_size=50))
+def test_a_vm_keeps_its_tick(begun: float, delays: list[float]) -> None:
+    """Once per second, however late the loop is each time: those of many VMs do not end up on one."""
+    looks = [next_look_at(begun, LOOK_INTERVAL, begun)]
+    for delay in delays:
+        looks.append(next_look_at(looks[-1] + delay, LOOK_INTERVAL, begun))
+    assert looks == pytest.approx([looks[0] + n * LOOK_INTERVAL for n in range(len(looks))], abs=1e-4)
+    assert looks[0] - begun == pytest.approx(LOOK_INTERVAL, abs=TICK / 2 + 1e-6)
+
+
+def test_many_vms_share_ten_moments_in_a_second() -> None:
+    """Whenever each of them was begun, and twenty of two hundred the same."""
+    looks = Counter(round(10 * next_look_at(1000.0, 1.0, 7 + vm * 0.7)) % 10 for vm in range(200))
+    assert dict.fromkeys(range(10), 20) == looks

@@ -205,7 +205,9 @@ def test_why_it_failed() -> None:
     """The supervisor knows more than the last event says; it is one failure."""
     story = Story()
     story.start()
-    since = story.tell("vm.exited", reason="killed", signal=9).since
+    status = story.tell("vm.exited", reason="killed", signal=9, error="QEMU ended by SIGKILL")
+    assert ("failed", "QEMU ended by SIGKILL") == (status.state, status.error)  # never without a reason
+    since = status.since
     story.pass_time()
     story.tracker.note_failure("QEMU was killed", story.at)
     assert ("failed", "QEMU was killed", since) == (

@@ -4,29 +4,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd import frames
-from qrapd.errors import Unavailable
+from qrapd import foreign_passt, frames, pesto, vital_signs
+from qrapd.errors import Conflict, Unavailable
+from qrapd.forwards import Ports
 from qrapd.logs import Emit
-from qrapd.passt import Passt
+from qrapd.passt import Passt, suggest
 from qrapd.plan import LinkPlan
 from qrapd.process import ExitStatus
 from qrapd.record import LinkRecord, ProcessId
 from qrapd.stream import HangUpWatch, HeldStream, widen
 
-if TYPE_CHECKING:
-    from qrapd.listeners import ListenerWatch
-
-__all__ = ["Connection", "acquire", "watch_listeners"]
+__all__ = ["Connection", "acquire", "explain_refusal", "refused_by_host"]
 
 SHORT_LIFE = 1.0
 """Seconds. A passt that crashes sooner than this would do so again and again."""
@@ -78,6 +77,32 @@ class Connection:
         """Whether it has lasted for some time."""
         return time.monotonic() >= self._since + SHORT_LIFE
 
+    @property
+    def unread(self) -> tuple[int | None, int | None]:
+        """Bytes that wait in the stream: for passt, and for QEMU. None: there is no stream of ours to look at."""
+        if not self.held:
+            return None, None
+        try:
+            fd = self.stream.fd
+            return vital_signs.unread_by_peer(fd), vital_signs.unread_by_us(fd)
+        except (OSError, ValueError):  # it is closed, or being closed
+            return None, None
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether a passt of ours listens for pesto(1)."""
+        return self.passt is not None and self.pesto_socket is not None and self.pesto_socket.is_socket()
+
+    async def tell_forwards(self, pesto_program: str, wanted: Ports, now: Ports) -> None:
+        """Have our passt forward other ports, which interrupts nothing.
+
+        :raise pesto.Refused: it has tried, and could not: see :func:`explain_refusal`.
+        :raise Unavailable: it could not be told; whether it has heard of it is not known.
+        """
+        assert self.passt is not None
+        hear = partial(self.passt.hear_out, self.passt.count)
+        await pesto.change(pesto_program, str(self.pesto_socket), wanted, now, hear)
+
     def explain_end(self) -> Unavailable:
         """Why it is over, in passt's own words where we have them."""
         if self.passt is not None and self.status is not None:
@@ -119,6 +144,19 @@ class Connection:
         with contextlib.suppress(OSError):  # a passt that has gone meanwhile is noticed by its hang-up
             for frame in frames.introductions(frames.parse_mac(mac), addresses):
                 self.stream.socket.send(frame)
+
+
+def refused_by_host(error: OSError) -> Unavailable:
+    """Why there is no connection, where it is for want of fds, say."""
+    hint = "raise the limit with: ulimit -n 1024" if error.errno == errno.EMFILE else None
+    return Unavailable(f"the host refused what a link needs: {error.strerror or error}", hint=hint)
+
+
+def explain_refusal(refusal: pesto.Refused) -> Conflict:
+    """Why passt does not forward what it was told to, and what to do about it."""
+    # As root, passt gives up more than we have: what we might bind is denied to it.
+    denied = "Permission denied" in str(refusal) or None
+    return Conflict(f"passt could not do it: {refusal}", hint=suggest(str(refusal), unprivileged=denied))
 
 
 _deaf: set[str] = set()
@@ -206,38 +244,7 @@ async def _start_passt(
 
 
 async def _claim_passt(plan: LinkPlan, emit: Emit) -> Connection:
-    # A supervisor whose passts are all its own has no use for what this imports.
-    from qrapd import probe
-
-    try:
-        found = await probe.claim(
-            candidate_paths(plan),
-            allowed_uids=plan.allowed_uids,
-            say=lambda text: emit("link.notice", notice=text),
-        )
-    except OSError as error:  # for want of an fd, say: a running VM must not end by it
-        raise Unavailable(f"no passt could be looked for: {error.strerror or error}") from error
+    found = await foreign_passt.claim(plan, emit)
     found.socket.setblocking(False)
     widen(found.socket)
     return Connection(HeldStream(found.socket), None, found.pid, found.path)
-
-
-def watch_listeners(plan: LinkPlan, emit: Emit) -> ListenerWatch:
-    """What tells of a new listener where a passt that is not ours may be. To be entered before an attempt."""
-    from qrapd import probe
-    from qrapd.listeners import ListenerWatch
-
-    return ListenerWatch(
-        candidate_paths(plan),
-        allowed=probe.default_uids() | plan.allowed_uids,
-        say=lambda text: emit("link.notice", notice=text),
-    )
-
-
-def candidate_paths(plan: LinkPlan) -> list[str]:
-    """Where a passt that is not ours may listen."""
-    from qrapd import probe
-
-    if plan.source != "probe":
-        return [plan.source]
-    return probe.default_paths(plan.pattern) if plan.pattern is not None else probe.default_paths()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd.errors import QmpFailed
+from qrapd.errors import QmpFailed, QrapdError, Unavailable
 from qrapd.left_behind import LeftLink
 from qrapd.link import Link, LinkState
 from qrapd.link_modes import nic_netdev_id
@@ -111,9 +111,8 @@ class NativeLink(Link):
     def reload(self, plan: LinkPlan) -> bool:
         """Whatever has changed takes another QEMU."""
         if plan != self.plan:
-            self._emit(
-                "link.notice",
-                notice="QEMU runs this link's passt (mode 'native'): what has changed takes a restart of the VM",
+            self._events.notice(
+                "QEMU runs this link's passt (mode 'native'): what has changed takes a restart of the VM"
             )
         return False
 
@@ -123,8 +122,7 @@ class NativeLink(Link):
     async def release(self) -> None:
         """Stop watching."""
         with anyio.CancelScope(shield=True):
-            self._work.cancel()
-            await self._idle.wait()
+            await self._work.end()
         self.state = LinkState.ENDED
 
     async def _watch(self) -> None:
@@ -140,20 +138,23 @@ class NativeLink(Link):
             await anyio.sleep(END_GRACE)
             if self.state is LinkState.UP:
                 self._tell_lost_passt()
-            self._give_up(error.message, error.hint)
+            self._give_up(error)
         else:
             self._give_up(
-                f"QEMU has had no passt for this link for {RESTART_PATIENCE:g} s, and does not try again",
-                "see what passt wrote (qemu.output events) and restart the VM; mode = 'swap' heals such a loss",
+                Unavailable(
+                    f"QEMU has had no passt for this link for {RESTART_PATIENCE:g} s, and does not try again",
+                    hint="see what passt wrote (qemu.output events) and restart the VM; "
+                    "mode = 'swap' heals such a loss",
+                )
             )
 
     def _tell_lost_passt(self) -> None:
         self.state = LinkState.ACQUIRING
-        self._emit("link.lost", generation=self.generation, reason="exited", detail=None)
+        self._events.lost(self.generation, "exited", None)
 
-    def _give_up(self, error: str, hint: str | None) -> None:
+    def _give_up(self, error: QrapdError) -> None:
         self.state = LinkState.FAILED
-        self._emit("link.failed", attempts=1, retry_in_ms=None, error=error, hint=hint)
+        self._events.failed(1, None, error)
 
     _lost_at: float = 0.0
 
@@ -187,23 +188,10 @@ class NativeLink(Link):
             self._served_by = ProcessId(pid, 0)
         self._around.note_change()
         if first:
-            self._emit(
-                "link.connected",
-                generation=self.generation,
-                source=self.plan.source,
-                passt_pid=pid,
-                socket=None,
-            )
+            self._events.connected(self.generation, self.plan.source, pid, None)
         else:
             outage = time.monotonic() - self._lost_at
-            self._emit(
-                "link.restored",
-                generation=self.generation,
-                outage_ms=round(outage * 1000, 1),
-                source=self.plan.source,
-                passt_pid=pid,
-                socket=None,
-            )
+            self._events.restored(self.generation, outage, self.plan.source, pid, None)
 
 
 async def _wait_for_end(pid: int) -> None:

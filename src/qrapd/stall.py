@@ -28,10 +28,13 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-__all__ = ["CLOSE_LOOKS", "SHORTEST_CLOSE_LOOK", "Signs", "StallJudge", "Verdict"]
+__all__ = ["CLOSE_LOOKS", "SHORTEST_CLOSE_LOOK", "Signs", "StallJudge", "Verdict", "next_look_at"]
 
 LOOK_INTERVAL = 1.0
 """Seconds between two looks."""
+
+TICK = 0.1
+"""Seconds. Looks that may wait fall on whole ticks of the monotonic clock: :func:`next_look_at`."""
 
 CLOSE_LOOK_INTERVAL = 0.02
 """Seconds between two looks at a passt that is in doubt."""
@@ -223,3 +226,22 @@ class StallJudge:
         if self._clock - self._ran_at >= max(self._timeout, PULSE):
             return True
         return min(asked_for, self._clock - self._read_at) >= RARE * self._timeout
+
+
+def next_look_at(now: float, wait: float, begun: float) -> float:
+    """When to look at the passts of a VM, in seconds of the clock that ``now`` and ``begun`` are of.
+
+    A doubt is followed up after exactly ``wait`` seconds. Else the look falls on the VM's own tick, once per second:
+    the looks at all VMs of a process are at no more than ten moments of a second. With 200 VMs that were each looked at
+    at a moment of their own, an idle agent woke up 55.9 times per second and took 27.9 ms of CPU (`make bench-agent`).
+    In a pair of runs without guests it was 51.8 times and 22.9 ms, and 18.1 times and 14.5 ms with ticks. A look takes
+    0.14 ms, so that a tick with 20 of them holds the event loop up for less than 3 ms.
+
+    :param wait: :attr:`StallJudge.next_look`, the least of all that are looked at together.
+    :param begun: when the VM was first looked after: that decides upon its tick, for good. Were it the time of the last
+        look, each delay of the loop would move a few VMs to a later tick, and none back, until all had the same one.
+    """
+    if wait < LOOK_INTERVAL:
+        return now + wait
+    tick = round(begun / TICK) * TICK
+    return tick + (round((now - tick) / LOOK_INTERVAL) + 1) * LOOK_INTERVAL

@@ -175,6 +175,7 @@ class StatusTracker:
                 self._turn("stopping", at)
             case "vm.exited":
                 self._end("failed" if fields.get("reason") in _FAILURES else "exited", at)
+                self._error = _cut(fields.get("error"))
             case "vm.restarting":
                 self._restarts += 1
                 self._error = _cut(fields.get("error"))
@@ -353,5 +354,6 @@ def _item(values: object, position: int) -> object:
 def _cut(error: object) -> str | None:
     if error is None:
         return None
-    text = str(error)
+    # It may quote a path with bytes that are no UTF-8: these are escaped, as nobody could be sent them.
+    text = str(error).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"

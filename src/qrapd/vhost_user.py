@@ -31,7 +31,7 @@ from anyio.abc import TaskGroup
 
 from qrapd.connection import Connection
 from qrapd.errors import QmpFailed, Unavailable
-from qrapd.link import Link, LinkState, Port
+from qrapd.link import Link, LinkState
 from qrapd.link_modes import chardev_id, nic_netdev_id
 from qrapd.logs import Emit
 from qrapd.passt import ANSWER_TIMEOUT, Passt
@@ -40,6 +40,7 @@ from qrapd.process import ExitStatus
 from qrapd.qemu_arguments import FIRST_GENERATION
 from qrapd.record import LinkRecord
 from qrapd.stream import HangUpWatch, HeldStream
+from qrapd.surroundings import Port
 
 if TYPE_CHECKING:
     from qrapd.qmp import Qmp
@@ -72,6 +73,11 @@ class _Connection(Connection):
             tasks.start_soon(self._watch_process, self.passt, tell)
         else:
             super().watch(hang_ups, tasks, tell)
+
+    @property
+    def unread(self) -> tuple[int | None, int | None]:
+        """What waits there is QEMU's and passt's talk of the guest's memory, and no frames."""
+        return None, None
 
     def introduce(self, mac: str, addresses: tuple[str, ...]) -> None:
         """Nothing: there are no frames on this socket."""

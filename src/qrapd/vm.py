@@ -5,49 +5,43 @@ from __future__ import annotations
 
 import math
 import signal
-import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from qrapd import record
+from qrapd import deadlines, record
 from qrapd.backoff import Backoff
 from qrapd.console import Console
-from qrapd.errors import AlreadySupervised, QmpFailed, QrapdError, Unavailable
+from qrapd.errors import QmpFailed, QrapdError, Unavailable
+from qrapd.kept_fds import KeptProcess
 from qrapd.left_behind import Left
-from qrapd.lifecycle import DEADLINES, TABLE, Action, Deadline, Event, Reason, State, advance, judge_exit
-from qrapd.link import Link, Surroundings, copies
+from qrapd.lifecycle import DEADLINES, TABLE, Action, Event, Reason, State, advance
+from qrapd.link import Link
 from qrapd.logs import Emit
+from qrapd.machine import Machine, has_spoken
 from qrapd.native import NativeLink, keep_awake
+from qrapd.outcome import Outcome, Seen, failed_adoption, first_error
 from qrapd.plan import LinkPlan, Plan
 from qrapd.process import ExitStatus
 from qrapd.qemu import Qemu
 from qrapd.runtime_directory import VmDirectory
+from qrapd.stall import next_look_at
 from qrapd.stream import HangUpWatch
-from qrapd.systemd import QEMU, Keeper, output_name
+from qrapd.surroundings import Surroundings
+from qrapd.systemd import QEMU, Keeper
 from qrapd.vhost_user import VhostUserLink
 
 if TYPE_CHECKING:
-    from qrapd.qmp import Qmp
     from qrapd.vm_status import Origin
 
 __all__ = ["Outcome", "Vm"]
 
-QMP_TIMEOUT = 120.0
-"""Seconds for a started QEMU to answer on its monitor: it sets up the guest's memory first, huge pages included."""
-
-PRESS_AGAIN_SECONDS = 5.0
-"""The power button is pressed again this often: a guest that still boots has no ear for it yet, and loses it."""
-
 HANG_UP_GRACE = 1.0
 """Seconds between QEMU's closing its monitor and its end that count as one and the same."""
-
-ADOPTION_TIMEOUT = 30.0
-"""Seconds for a QEMU that was left to answer on its monitor; it has run for a while and does so in milliseconds."""
 
 SETTLE_TIMEOUT = 15.0
 """Seconds to wait for links that are just being healed before a VM is left; it takes some 30 ms."""
@@ -55,27 +49,8 @@ SETTLE_TIMEOUT = 15.0
 SETTLE_INTERVAL = 0.02
 """Seconds between two looks at that."""
 
-# QEMU's qapi/run-state.json, RunState: nobody is awake in there to obey a power button.
-_PAUSED = frozenset({"paused", "prelaunch", "inmigrate", "io-error"})
-
-
-_PAUSING = {"STOP": True, "SUSPEND": True, "RESUME": False, "WAKEUP": False}
-"""QEMU's events that tell of it, and whether the guest runs no more."""
-
 _LINKS: Mapping[str, type[Link]] = {"swap": Link, "vhost-user": VhostUserLink, "native": NativeLink}
 """By their modes."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a VM ended; ``error`` says what went wrong, if anything did."""
-
-    reason: Reason
-    error: QrapdError | None = None
-    stood_back: bool = False
-    """the VM runs on, for another qrapd"""
-    fds: Mapping[str, int] = field(default_factory=dict)
-    """of a VM that runs on: what its next supervisor is given, by the names of the fd store"""
 
 
 class Vm:
@@ -114,36 +89,29 @@ class Vm:
         self._left = left
         self._all_taken = left is None
         """whether what was left is all in our hands: before that, the record that was found knows more than we do"""
-        self._keeper = keeper
+        self._kept_qemu = KeptProcess(keeper, QEMU)
         self._stood_back = False
         self.handed_over: dict[str, int] = {}
         """after :meth:`leave`: fds for whoever comes next, by the names of the fd store"""
         self._qemu: Qemu | None = None
-        self._qmp: Qmp | None = None
-        self._status: ExitStatus | None = None
-        self._error: QrapdError | None = None
-        self._shutdown_cause: str | None = None
-        self._stop_requested = False
+        self._machine: Machine | None = None
+        self._seen = Seen()
         self._send, self._inbox = anyio.create_memory_object_stream[tuple[Event, int | None]](math.inf)
         self._state_number = 0
         self._start_scope = anyio.CancelScope()
         self._start_settled = anyio.Event()
-        self._machine = "unknown"
-        self._paused = False
-        self._greeted = False
         self.ready = anyio.Event()
         """set once the machine has run"""
         if left is not None:
-            self._post(
-                Event.ADOPT
-            )  # before anybody can ask for its end, which is not to be the supervisor's alone
+            # Before anybody can ask for its end, which is not to be the supervisor's alone.
+            self._post(Event.ADOPT)
 
     # --- from outside ---------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Ask for an orderly end; asked again, take the next, rougher step at once."""
-        event = Event.HURRY if self._stop_requested else Event.STOP
-        self._stop_requested = True
+        event = Event.HURRY if self._seen.stop_requested else Event.STOP
+        self._seen.stop_requested = True
         self._post(event)
 
     @property
@@ -153,7 +121,7 @@ class Vm:
 
     def kill(self) -> None:
         """End QEMU at once, whatever that does to the guest."""
-        self._stop_requested = True
+        self._seen.stop_requested = True
         self._post(Event.KILL)
 
     async def leave(self) -> None:
@@ -207,13 +175,17 @@ class Vm:
     def _post(self, event: Event, number: int | None = None) -> None:
         self._send.send_nowait((event, number))
 
+    def _fail(self, error: QrapdError, event: Event) -> None:
+        self._seen.error = error
+        self._post(event)
+
     def _step(self, event: Event, tasks: TaskGroup) -> None:
         before = self.state
         self.state, actions = advance(before, event)
         if self.state is not before:
             self._state_number += 1
             if deadline := DEADLINES.get(self.state):
-                tasks.start_soon(self._expire, self._seconds(deadline), self._state_number)
+                tasks.start_soon(self._expire, deadlines.seconds(deadline, self.plan), self._state_number)
         for action in actions:
             self._carry_out(action, tasks)
 
@@ -222,9 +194,7 @@ class Vm:
             case Action.ADOPT:
                 tasks.start_soon(self._adopt, tasks)
             case Action.ANNOUNCE_ADOPTED:
-                self._announce_adopted()
-                if self.links:
-                    tasks.start_soon(self._watch_for_hangs)
+                self._announce_adopted(tasks)
             case Action.STAND_BACK:
                 self._stand_back()
             case Action.START_LINKS:
@@ -234,9 +204,7 @@ class Vm:
             case Action.CONNECT_QMP:
                 tasks.start_soon(self._connect_qmp, tasks)
             case Action.ANNOUNCE_READY:
-                self._announce_ready()
-                if self.links:
-                    tasks.start_soon(self._watch_for_hangs)
+                self._announce_ready(tasks)
             case Action.POWER_DOWN:
                 self._emit("vm.stopping", reason="request", how="power-down")
                 tasks.start_soon(self._power_down)
@@ -253,45 +221,37 @@ class Vm:
             case Action.FINISH:
                 self._finish()
 
-    def _announce_ready(self) -> None:
+    def _start_healing(self, tasks: TaskGroup) -> tuple[Qemu, Machine]:
+        """The machine runs: from now on a link that hangs is noticed, and one that is lost is healed."""
         assert self._qemu is not None
-        assert self._qmp is not None
+        assert self._machine is not None
         for link in self.links:
-            link.heal_with(self._qmp)
+            link.heal_with(self._machine.qmp)
+        if self.links:
+            tasks.start_soon(self._watch_for_hangs, self._machine)
         self.ready.set()
-        self._emit("vm.ready", qemu_pid=self._qemu.pid, status=self._machine, links=len(self.links))
+        return self._qemu, self._machine
 
-    def _announce_adopted(self) -> None:
-        assert self._qemu is not None
-        assert self._qmp is not None
-        for link in self.links:
-            link.heal_with(self._qmp)
-        self.ready.set()
+    def _announce_ready(self, tasks: TaskGroup) -> None:
+        qemu, machine = self._start_healing(tasks)
+        self._emit("vm.ready", qemu_pid=qemu.pid, status=machine.status, links=len(self.links))
+
+    def _announce_adopted(self, tasks: TaskGroup) -> None:
+        qemu, machine = self._start_healing(tasks)
         self._write_record()
         self._emit(
             "vm.adopted",
-            qemu_pid=self._qemu.pid,
-            status=self._machine,
+            qemu_pid=qemu.pid,
+            status=machine.status,
             links=len(self.links),
             generations=[link.generation for link in self.links],
             passt_pids=[link.record.passt_pid for link in self.links],
         )
 
-    def _seconds(self, deadline: Deadline) -> float:
-        match deadline:
-            case Deadline.QMP:
-                return QMP_TIMEOUT
-            case Deadline.ADOPTION:
-                return ADOPTION_TIMEOUT
-            case Deadline.POWERDOWN:
-                return self.plan.powerdown_timeout
-            case Deadline.QUIT:
-                return self.plan.quit_timeout
-
     async def _expire(self, seconds: float, number: int) -> None:
         await anyio.sleep(seconds)
         if self.state is State.CONNECTING and number == self._state_number:
-            self._error = QmpFailed(
+            self._seen.error = QmpFailed(
                 f"QEMU's monitor did not answer within {seconds:g} s of its start",
                 hint="see what QEMU wrote (qemu.output events); is the host out of memory?",
             )
@@ -307,15 +267,13 @@ class Vm:
                         starting.start_soon(link.start, tasks)
                 self._post(Event.LINKS_UP)
         except* QrapdError as group:
-            self._error = _first(group)
-            self._post(Event.LINKS_FAILED)
+            self._fail(first_error(group), Event.LINKS_FAILED)
         finally:
             self._start_settled.set()
 
     def _note_failed_start(self, error: Unavailable) -> None:
         if Event.LINKS_FAILED in TABLE[self.state]:  # else there is a machine by now, and the link is healed
-            self._error = error
-            self._post(Event.LINKS_FAILED)
+            self._fail(error, Event.LINKS_FAILED)
 
     async def _spawn_qemu(self, tasks: TaskGroup) -> None:
         if not all(link.connected for link in self.links):
@@ -328,8 +286,7 @@ class Vm:
             streams = [link.stream_fd for link in self.links]
             self._qemu = qemu = await Qemu.spawn(self.plan, self._directory, streams)
         except QrapdError as error:
-            self._error = error
-            self._post(Event.SPAWN_FAILED)
+            self._fail(error, Event.SPAWN_FAILED)
             return
         self._listen(qemu, tasks)
         for index, listener in qemu.link_listeners.items():
@@ -356,9 +313,8 @@ class Vm:
             self._emit("record.failed", error=f"{self._directory.record_path}: {error.strerror}")
 
     async def _watch_qemu(self, qemu: Qemu) -> None:
-        self._status = await qemu.wait()
-        for name in (QEMU, output_name(QEMU)):
-            self._keeper.forget(name)
+        self._seen.status = await qemu.wait()
+        self._kept_qemu.forget()
         self._post(Event.QEMU_EXITED)
 
     async def _connect_qmp(self, tasks: TaskGroup, *, greeted: bool = False) -> None:
@@ -369,11 +325,11 @@ class Vm:
         if any(link.mode == "native" for link in self.plan.links):
             tasks.start_soon(keep_awake, self._directory.socket_path("user-qmp.sock"), self.ready)
         try:
-            self._greeted = greeted or await _has_spoken(self._qemu.monitor)
-            self._qmp = qmp = await Qmp.connect(self._qemu.monitor, self.plan.name)
+            self._seen.greeted = greeted or await has_spoken(self._qemu.monitor)
+            qmp = await Qmp.connect(self._qemu.monitor, self.plan.name)
+            self._machine = machine = Machine(qmp)
             tasks.start_soon(qmp.watch, self._note_qemu_event)
-            self._machine = await self._machine_status()
-            self._paused = self._machine in _PAUSED
+            await machine.look()
         except QmpFailed as error:
             await self._note_qmp_failure(error)
         else:
@@ -385,27 +341,24 @@ class Vm:
         with anyio.move_on_after(HANG_UP_GRACE):
             await self._qemu.process.wait()
             return
-        self._error = error
-        self._post(Event.QMP_FAILED)
+        self._fail(error, Event.QMP_FAILED)
 
     def _note_qemu_event(self, name: str, data: Mapping[str, Any]) -> None:
+        assert self._machine is not None
+        self._machine.note_event(name)
         if name == "SHUTDOWN":
-            self._shutdown_cause = data.get("reason")
-        elif name in _PAUSING:
-            self._paused = _PAUSING[name]
+            self._seen.shutdown_cause = data.get("reason")
         for link in self.links:
             link.note_qemu_event(name, data)
 
-    async def _machine_status(self) -> str:
-        assert self._qmp is not None
-        return str((await self._qmp.execute("query-status"))["status"])
-
-    async def _watch_for_hangs(self) -> None:
+    async def _watch_for_hangs(self, machine: Machine) -> None:
         """Look at all links at once: about once per second, for as long as there is no doubt about one."""
+        begun = anyio.current_time()
         while True:
-            await anyio.sleep(min(link.next_look for link in self.links))
+            wait = min(link.next_look for link in self.links)
+            await anyio.sleep_until(next_look_at(anyio.current_time(), wait, begun))
             for link in self.links:
-                link.look(paused=self._paused)
+                link.look(paused=machine.paused)
 
     # --- adopting -------------------------------------------------------------------------------------
 
@@ -418,8 +371,8 @@ class Vm:
             await self._take_over(tasks)
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or repr(error)
-            self._error = QmpFailed(f"this supervisor could not take over all of it: {reason}")
-            self._post(Event.QMP_FAILED)
+            failure = QmpFailed(f"this supervisor could not take over all of it: {reason}")
+            self._fail(failure, Event.QMP_FAILED)
 
     async def _take_over(self, tasks: TaskGroup) -> None:
         assert self._left is not None
@@ -427,11 +380,11 @@ class Vm:
         try:
             self._qemu = Qemu.adopt(self.plan, self._directory, process)
         except OSError as error:
-            self._error = QmpFailed(
+            failure = QmpFailed(
                 f"the QEMU that was left (pid {process.pid}) cannot be reached by its monitor "
                 f"{self._directory.socket_path('qmp.sock')}: {error.strerror}"
             )
-            self._post(Event.QMP_FAILED)
+            self._fail(failure, Event.QMP_FAILED)
             return
         self._start_settled.set()
         self._listen(self._qemu, tasks)
@@ -449,19 +402,13 @@ class Vm:
             lambda line: self._emit("qemu.output", line=line),
             lambda line: self._emit("guest.console", line=line),
         )
-        for name, fd in self._fds_to_keep(qemu).items():
-            self._keeper.store(name, [fd])
-
-    def _fds_to_keep(self, qemu: Qemu) -> dict[str, int]:
-        """What tells the next supervisor who QEMU is, and what QEMU says meanwhile."""
-        fds = {QEMU: qemu.process.pidfd, output_name(QEMU): qemu.process.output}
-        return {name: fd for name, fd in fds.items() if fd >= 0}
+        self._kept_qemu.keep(qemu.process)
 
     def _stand_back(self) -> None:
         self._stood_back = True
         self._write_record()
         if self._qemu is not None:
-            self.handed_over |= copies(self._fds_to_keep(self._qemu))
+            self.handed_over |= self._kept_qemu.copies(self._qemu.process)
         for link in self.links:
             self.handed_over |= link.stand_back()
         if self._left is not None:  # what nobody has taken, where the adoption was cut short
@@ -472,22 +419,20 @@ class Vm:
     # --- stopping -------------------------------------------------------------------------------------
 
     async def _power_down(self) -> None:
+        assert self._machine is not None
+        number = self._state_number
         try:
-            assert self._qmp is not None
-            number = self._state_number
-            if await self._machine_status() in _PAUSED:
-                self._post(Event.DEADLINE, number)
-                return
-            while self.state is State.POWERING_DOWN:
-                await self._qmp.execute("system_powerdown")
-                await anyio.sleep(PRESS_AGAIN_SECONDS)
+            heard = await self._machine.press_power_button(lambda: self.state is State.POWERING_DOWN)
         except QmpFailed as error:
             await self._note_qmp_failure(error)
+        else:
+            if not heard:
+                self._post(Event.DEADLINE, number)
 
     async def _quit(self) -> None:
+        assert self._machine is not None
         try:
-            assert self._qmp is not None
-            await self._qmp.execute("quit")
+            await self._machine.quit()
         except QmpFailed as error:
             await self._note_qmp_failure(error)
 
@@ -496,7 +441,8 @@ class Vm:
             self._stand_back()
             self.state = State.ENDED
             return
-        self._emit("vm.stopping", reason="request" if self._stop_requested else "failed", how=number.name)
+        reason = "request" if self._seen.stop_requested else "failed"
+        self._emit("vm.stopping", reason=reason, how=number.name)
         self._qemu.process.send_signal(number)
 
     async def _release_links(self) -> None:
@@ -509,69 +455,44 @@ class Vm:
     # --- the end --------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        outcome = self._judge()
-        self._emit("vm.exited", reason=outcome.reason.value, **(self._status.fields if self._status else {}))
+        status, outcome = self._seen.status, self._judge()
+        error = {"error": outcome.error.message} if outcome.error is not None else {}
+        self._emit("vm.exited", reason=outcome.reason.value, **(status.fields if status else {}), **error)
 
     def _is_ending(self) -> bool:
-        return self._shutdown_cause is not None or self.state not in {State.CONNECTING, State.READY}
+        return self._seen.shutdown_cause is not None or self.state not in {State.CONNECTING, State.READY}
 
     def _judge(self) -> Outcome:
-        if self._stood_back:
-            return Outcome(Reason.REQUEST, self._explain_failed_adoption(), True, self.handed_over)
-        if self._status is None:
-            if self._stop_requested and self._error is None:
-                return Outcome(Reason.REQUEST)
-            return Outcome(Reason.FAILED, self._error)
-        verdict = judge_exit(
-            exit_code=self._status.exit_code,
-            signal=self._status.signal,
-            stop_requested=self._stop_requested,
-            shutdown_cause=self._shutdown_cause,
-            greeted=self._greeted,
-        )
-        if not verdict.failure:
-            return Outcome(verdict.reason)
-        assert self._qemu is not None
-        # Where we ended it ourselves, the reason for that is what counts.
-        ended_by_us = self._error is not None and self._status.exit_code in (0, None)
-        return Outcome(
-            Reason.FAILED if ended_by_us else verdict.reason,
-            self._error if ended_by_us else self._qemu.explain(self._status, greeted=self._greeted),
-        )
+        if not self._stood_back:
+            return self._seen.judge(self._explain_exit)
+        error = None
+        if not self.ready.is_set():  # else it is left on purpose
+            monitor = self._directory.socket_path("user-qmp.sock")
+            error = failed_adoption(self._seen.error, monitor, deadlines.ADOPTION_TIMEOUT)
+        return Outcome(Reason.REQUEST, error, True, self.handed_over)
 
-    def _explain_failed_adoption(self) -> QrapdError | None:
-        """Why a VM that was left could not be taken over; None where it is left on purpose."""
-        if self.ready.is_set():
-            return None
-        monitor = self._directory.socket_path("user-qmp.sock")
-        return AlreadySupervised(
-            "a QEMU of this VM still runs, left by a supervisor that is gone, and it could not be taken over: "
-            + (
-                self._error.message
-                if self._error
-                else f"its monitor did not answer within {ADOPTION_TIMEOUT:g} s"
-            ),
-            hint=f"it was left as it is. Try again, power it down by its monitor {monitor}, or end it: `qrapd stop`",
-        )
+    def _explain_exit(self, status: ExitStatus) -> QrapdError:
+        assert self._qemu is not None
+        return self._qemu.explain(status, greeted=self._seen.greeted)
 
     async def _leave_nothing(self) -> None:
         """End whatever still runs: only after a cancellation or a bug of ours is there anything."""
         with anyio.CancelScope(shield=True):
-            if self._qmp is not None:
-                await self._qmp.close()
+            if self._machine is not None:
+                await self._machine.qmp.close()
             if self._stood_back:
                 self._let_be()
                 return
             if self._left is not None:
                 self._left.handed.close()
-                if self._status is None and not self._is_ours:
+                if self._seen.status is None and not self._is_ours:
                     self._directory.leave_as_it_is()
                     self._let_be()
                     return
             if self._qemu is not None:
                 self._qemu.monitor.close()
                 if self._qemu.process.alive:
-                    self._status = await self._qemu.process.end(self.plan.quit_timeout)
+                    self._seen.status = await self._qemu.process.end(self.plan.quit_timeout)
                 self._qemu.process.close()
             for link in self.links:
                 await link.release()
@@ -580,27 +501,10 @@ class Vm:
     @property
     def _is_ours(self) -> bool:
         """Whether a VM that was left is ours to end: it has been taken over, or it was to be stopped."""
-        return self.ready.is_set() or (self._stop_requested and self._qemu is not None)
+        return self.ready.is_set() or (self._seen.stop_requested and self._qemu is not None)
 
     def _let_be(self) -> None:
         if self._qemu is not None:
             self._qemu.monitor.close()
             self._qemu.process.let_go()
         self._hang_ups.close()
-
-
-async def _has_spoken(monitor: socket.socket) -> bool:
-    """Wait for the monitor's first byte; false if it hung up without one."""
-    await anyio.wait_readable(monitor)
-    try:
-        return bool(monitor.recv(1, socket.MSG_PEEK))
-    except ConnectionError:
-        return False
-
-
-def _first(group: BaseExceptionGroup[QrapdError]) -> QrapdError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, QrapdError)
-    return error
