@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from support import PATIENCE
+from agent_runner import patched
+from support import PATIENCE, Run, write_vm
 
 PROGRAM = """
 import os, sys, time
@@ -67,6 +68,20 @@ def test_what_came_in_between(tmp_path: Path, how: str, held: bool) -> None:
     done = subprocess.run([program], check=True, capture_output=True, text=True, timeout=PATIENCE)
     expected = {"SIGHUP", "SIGTERM"} | ({"SIGPWR"} if held else set())
     assert " ".join(sorted(expected)) == done.stdout.strip(), done.stderr
+
+
+def test_the_program_that_comes_next_gets_them(place: Path) -> None:
+    """A reload that was pending when this process became qrapd is carried out, once the VM is up."""
+    vm = write_vm(place, "held", qemu="powerdown_timeout = 0")
+    pending = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+os.kill(os.getpid(), signal.SIGHUP)
+"""
+    with Run(vm.path, place / "run", prefix=patched(pending)) as run:
+        run.wait_for("vm.reloaded")
+        assert 0 == run.stop()
+        run.assert_nothing_left()
 
 
 def test_ignored_where_there_is_no_next(tmp_path: Path) -> None:

@@ -193,6 +193,12 @@ def test_what_status_says(manager: socket.socket) -> None:
         told["EXTEND_TIMEOUT_USEC"],
         told["STATUS"],
     )
+    # Before a restart it has as much time as it takes: to the manager this process does not end.
+    again = Reporter(notifier_to(manager), 70, lambda: False)
+    again.note("vm.stopping", how="power-down")
+    assert {"STATUS": "stopping (power-down)"} == heard(manager)
+    again.note_stop()
+    assert {"STOPPING", "EXTEND_TIMEOUT_USEC", "STATUS"} == set(heard(manager))
     reporter.note("guest.console", line="nothing to tell")
     manager.setblocking(False)
     with pytest.raises(BlockingIOError):

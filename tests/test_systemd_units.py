@@ -551,6 +551,16 @@ class TestInSystemd:
             wait_for_http(machine, port, "qrapd@anew")
             assert before < uptime(port)
 
+    def test_a_restart_is_no_end(self, machine: Booted, guest: GuestImage) -> None:
+        """`qrapd restart` starts the guest anew, and to systemd the unit has been active all the time."""
+        with started(machine, "twice", guest) as file:
+            pid = machine.show("qrapd@twice", "MainPID")
+            machine.run("qrapd", "restart", "twice", check=True)
+            wait_for_http(machine, file.ports[0], "qrapd@twice")
+            assert ("active", "running", "success", pid) == tuple(
+                machine.show("qrapd@twice", what) for what in ("ActiveState", "SubState", "Result", "MainPID")
+            )
+
     def test_a_wrong_file_is_not_tried_again(self, machine: Booted) -> None:
         """It would be as wrong the second time."""
         machine.path("/etc/qrapd/vms/wrong.toml").write_text("[qemu]\nargs = 5\n")

@@ -17,8 +17,10 @@ def main() -> None:
     # of a VM would end it (children get the default back: run handles SIGHUP before it has any).
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.argv[1:2] in (["run"], ["wrap"], ["agent"]):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        # What the qrapd before us in this process has left pending for us (qrapd.signals) would be lost by that.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        for number in {signal.SIGHUP, signal.SIGUSR2} - held:
+            signal.signal(number, signal.SIG_IGN)
     from qrapd.cli import run_command_line
 
     signal.signal(signal.SIGINT, interrupt)

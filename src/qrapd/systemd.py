@@ -11,7 +11,7 @@ import array
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Protocol, cast
 
 __all__ = [
@@ -165,11 +165,16 @@ class Reporter:
     """Makes what happens to one VM known to the service manager: ready or not, and a line for `systemctl status`.
 
     :param stop_seconds: how long an orderly end may take.
+    :param is_final: whether a VM that is being stopped is not to come up again. To the service manager a process that
+        is STOPPING has only its timeout left.
     """
 
-    def __init__(self, notifier: Notifier, stop_seconds: float) -> None:
+    def __init__(
+        self, notifier: Notifier, stop_seconds: float, is_final: Callable[[], bool] = lambda: True
+    ) -> None:
         self._notifier = notifier
         self._stop_seconds = stop_seconds
+        self._is_final = is_final
         self._machine = "starting"
         self._links: dict[int, str] = {}
 
@@ -187,9 +192,9 @@ class Reporter:
                 return
             case "vm.stopping":
                 self._machine = f"stopping ({fields['how']})"
-                usec = round(self._stop_seconds * 1_000_000)
-                self._notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=usec, STATUS=self.status)
-                return
+                if self._is_final():
+                    self.note_stop()
+                    return
             case "vm.reloaded" | "vm.reload_refused":
                 self._notifier.tell(READY=1, STATUS=self.status)
                 return
@@ -203,6 +208,11 @@ class Reporter:
             case _:
                 return
         self._notifier.tell(STATUS=self.status)
+
+    def note_stop(self) -> None:
+        """The VM is to end for good."""
+        usec = round(self._stop_seconds * 1_000_000)
+        self._notifier.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=usec, STATUS=self.status)
 
     def note_reload(self) -> None:
         """The file is about to be read again: sd_notify(3), RELOADING=1, wants the time as well."""
