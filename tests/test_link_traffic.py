@@ -175,8 +175,9 @@ def test_kills_under_full_traffic(subject: Subject, kinds: list[str]) -> None:
             assert_flows(subject, kind, endpoint, endpoint.received)
         for _ in range(KILLS_UNDER_TRAFFIC):
             time.sleep(moments.uniform(0, 0.3))
-            subject.kill(0)
+            # Before the kill: the guest's next connection can be there before qrapd's word of it is read here.
             counters = [endpoint.newly_received() for endpoint in endpoints]
+            subject.kill(0)
             for kind, endpoint, received in zip(kinds, endpoints, counters, strict=True):
                 assert_flows(subject, kind, endpoint, received)
             assert_undisturbed(before, subject.state())
@@ -232,14 +233,18 @@ STATIC = "10.77.0.77"
 
 
 def test_a_static_address(guest: GuestImage, place: Path) -> None:
-    """A guest that speaks only if asked, from an address that a new passt cannot know: it is introduced by name."""
+    """A guest that speaks only if asked, from an address that a new passt cannot know: it is introduced by name.
+
+    passt 2026-10 learns no other address of the guest's where it is given one (--address), whatever the guest sends:
+    measured without qrapd. So here it is not; it takes the host's, as 2023-03 and 2025-05 do.
+    """
     vm = write_vm(
         place,
         "static",
         guest=guest,
         append=f"guest.address={STATIC}/24,10.77.0.1",
         link_lines=f'guest_addresses = ["{STATIC}"]',
-        passt_lines='ipv4_only = true\naddress = ["10.77.0.15"]\nnetmask = 24\ngateway = ["10.77.0.1"]',
+        passt_lines='ipv4_only = true\ngateway = ["10.77.0.1"]',
     )
     # Of itself it says nothing, so at first nobody can reach it; by a first loss, it has been introduced.
     with running(vm, place / "run") as subject:

@@ -52,6 +52,10 @@ class Endpoint:
 
         What a dead passt has left in the host's buffers still arrives, but never on a new connection. Of datagrams
         that is so little (212,992 bytes in Linux, that is 277 small ones) that all can be counted.
+
+        To be called while the old passt lives. As soon as the new one has reset the guest's connection the next one is
+        made: in 3 of 14 runs (passt 2026-10) it was there 0.2 to 20 ms before a test that had waited for the new passt
+        called this, so that it was passed over, and no other ever came.
         """
         if self.datagrams:
             return self.received
