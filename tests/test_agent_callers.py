@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import grp
+import itertools
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
@@ -262,7 +264,93 @@ def test_a_client_that_never_reads(host: AgentHost) -> None:
             following.join(PATIENCE)
 
 
+def test_the_commands_of_a_group(host: AgentHost, as_nobody: list[str]) -> None:
+    """Its members do everything by `qrapd`, too, although the VMs' directories are closed to them."""
+    group = next(each for each in grp.getgrall() if each.gr_gid not in (0, NOBODY))
+    become = [word.replace(f"--regid {NOBODY}", f"--regid {group.gr_gid}") for word in as_nobody]
+
+    def qrapd(*arguments: str) -> tuple[int, str]:
+        command = [*become, "qrapd", *arguments, "--runtime-dir", str(host.base)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
+        return done.returncode, done.stdout + done.stderr
+
+    (host.place / "agent.toml").write_text(f'group = "{group.gr_name}"\n')
+    host.write("web")
+    other = host.write("other", autostart=False)
+    with Run(other.path, host.base) as run, host.agent() as agent:
+        run.wait_for("vm.ready")
+        agent.wait_for("agent.ready")
+        agent.wait_state("web", "ready")
+        status, shown = qrapd("show", "web")
+        assert (0, True) == (status, "state:    ready" in shown), shown
+        for command in (["link", "swap", "web"], ["events", "web"], ["restart", "web"], ["stop", "web"]):
+            assert 0 == qrapd(*command)[0], command
+        assert "exited" == agent.status("web")["state"]
+        assert 0 == qrapd("start", "web")[0]
+        # One that has a supervisor of its own: whoever may speak with the agent may not with that.
+        assert "it has a supervisor of its own" in qrapd("show", "other")[1]
+        status, shown = qrapd("stop", "other")
+        assert (75, True) == (status, "has a supervisor of its own" in shown), shown
+        status, shown = qrapd("stop", "--all")
+        assert (75, True) == (status, "has a supervisor of its own" in shown), shown
+        assert "exited" == agent.status("web")["state"]
+        assert "ready" == agent.status("other")["state"]
+        agent.assert_no_bug()
+        assert ExitStatus.OK == agent.stop(signal.SIGPWR)
+        assert ExitStatus.OK == run.stop()
+    host.assert_nothing_left()
+
+
 # ---- one VM by itself
+
+
+def notices(run: Run) -> list[str]:
+    """What was told that is no fault of a link."""
+    return [each["notice"] for each in run.events if each["event"] == "link.notice"]
+
+
+def test_a_socket_that_cannot_be_made(host: AgentHost) -> None:
+    """It is tried again until it can: that is told once, and that it is there."""
+    vm = host.write("one")
+    path = host.base / "one" / "control.sock"
+    path.mkdir(parents=True)  # in its place: as with a full /run, it cannot be made
+    with Run(vm.path, host.base) as run:
+        ready = run.wait_for("vm.ready")
+        assert "takes no calls, and tries again: cannot listen" in run.wait_for("link.notice")["notice"]
+        time.sleep(1)  # more than one attempt is made meanwhile: 0.05 s and 0.3 s later
+        assert 1 == len(notices(run))
+        path.rmdir()
+        assert "takes calls again" in run.wait_for("link.notice")["notice"]
+        with caller(path) as client:
+            [status] = client.get("/v1/vms").json()
+        assert ready["qemu_pid"] == status["qemu_pid"]
+        assert 2 == len(notices(run))
+        assert ExitStatus.OK == run.stop()
+        run.assert_nothing_left()
+
+
+def test_no_fds_for_the_first_caller(host: AgentHost) -> None:
+    """The server is loaded when somebody calls: it cannot be then, and can be later."""
+    vm = host.write("one")
+    path = host.base / "one" / "control.sock"
+    with Run(vm.path, host.base) as run:
+        run.wait_for("vm.ready")
+        wait_until(path.exists, "its socket is there")
+        usual = resource.prlimit(run.process.pid, resource.RLIMIT_NOFILE)
+        taken = {int(each.name) for each in Path(f"/proc/{run.process.pid}/fd").iterdir()}
+        lowest = next(number for number in itertools.count() if number not in taken)
+        resource.prlimit(run.process.pid, resource.RLIMIT_NOFILE, (lowest, usual[1]))
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(path))
+            assert "Too many open files" in run.wait_for("link.notice")["notice"]
+            resource.prlimit(run.process.pid, resource.RLIMIT_NOFILE, usual)
+        run.wait_for("link.notice")
+        wait_until(path.exists, "its socket is there again")
+        with caller(path) as client:
+            assert "ready" == client.get("/v1/vms/one").json()["state"]
+        assert "bug.found" not in run.names()
+        assert ExitStatus.OK == run.stop()
+        run.assert_nothing_left()
 
 
 def test_the_api_of_one_vm(host: AgentHost) -> None:

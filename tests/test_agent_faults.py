@@ -21,7 +21,7 @@ from agent_runner import AgentHost, AgentRun, Status, agent_host, identity, patc
 from qrapd.errors import ExitStatus
 from qrapd.qmp import COMMAND_TIMEOUT
 from qrapd.runtime_directory import VmDirectory
-from support import PATIENCE, Run, free_port, write_vm
+from support import NOBODY, PATIENCE, Run, free_port, write_vm
 
 
 @pytest.fixture
@@ -364,44 +364,159 @@ def test_the_agent_ends_while_a_qemu_hangs(host: AgentHost) -> None:
 # ---- others who run VMs
 
 
-def ps(host: AgentHost) -> dict[str, Status]:
+def ps(host: AgentHost, *options: str) -> dict[str, Status]:
     """What `qrapd ps` shows, by the VMs' names."""
-    command = [sys.executable, "-m", "qrapd", "ps", "--json", "--runtime-dir", str(host.base)]
+    command = [sys.executable, "-m", "qrapd", "ps", "--json", "--runtime-dir", str(host.base), *options]
     shown = subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE).stdout
     return {each["name"]: each for each in json.loads(shown)}
 
 
+ACTIONS = [
+    ("POST", "start"),
+    ("POST", "stop"),
+    ("POST", "restart"),
+    ("POST", "kill"),
+    ("POST", "reload"),
+    ("POST", "links/0/swap"),
+    ("GET", "links/0/forwards"),
+    ("DELETE", ""),
+]
+
+
 def test_a_vm_that_a_shell_runs(host: AgentHost) -> None:
-    """The agent does not touch it: it says who has it, and `qrapd ps` shows the one that runs."""
+    """The agent does not touch it: it says who has it, and how it is, as far as can be seen."""
     wanted = host.write("wanted")
-    unwanted = host.write("unwanted", autostart=False)
+    unwanted = host.write("unwanted", autostart=False, links=2)
     host.write("own")
     with Run(wanted.path, host.base) as first, Run(unwanted.path, host.base) as second:
         running = {"wanted": first.wait_for("vm.ready"), "unwanted": second.wait_for("vm.ready")}
+        for name in running:
+            wait_until((host.base / name / "control.sock").exists, "it takes calls")
         with host.agent() as agent:
             agent.wait_for("agent.ready")
             own = agent.wait_state("own", "ready")
-            assert "already supervised" in agent.wait_state("wanted", "failed")["error"]
+            assert "already supervised" in agent.wait_for("run.failed", vm="wanted")["error"]
             # What it was not to run is no failure of it.
-            assert "exited" == agent.status("unwanted")["state"]
             assert [] == agent.told("run.failed", vm="unwanted")
-            agent.act("unwanted", "start")
-            assert "already supervised" in agent.wait_state("unwanted", "failed")["error"]
-            for name in running:
-                agent.act(name, "stop")
-                agent.act(name, "kill")
             vms = ps(host)
             for name, ready in running.items():
-                assert ("ready", "shell") == (vms[name]["state"], vms[name]["origin"])
-                assert ready["qemu_pid"] == vms[name]["qemu_pid"]
+                for status in (agent.status(name), vms[name]):
+                    assert ("ready", "shell") == (status["state"], status["origin"])
+                    assert ready["qemu_pid"] == status["qemu_pid"]
+                answers = [
+                    agent.request(method, f"/v1/vms/{name}/{action}".rstrip("/"))
+                    for method, action in ACTIONS
+                ]
+                assert [409] * len(ACTIONS) == [each.status_code for each in answers]
+                its_own = f"{host.base / name}/control.sock"
+                assert f"ask that one, as the commands do: {its_own}" == answers[0].json()["hint"]
+                assert its_own in agent.status(name)["error"]
+                assert None is vms[name]["error"]  # what it says itself comes first
+                assert (
+                    f'qrapd_vm_state{{state="ready",vm="{name}"}} 1.0'
+                    in agent.request("GET", "/metrics").text
+                )
             assert ("agent", own["qemu_pid"]) == (vms["own"]["origin"], vms["own"]["qemu_pid"])
+            links = agent.status("unwanted")["links"]
+            assert [("up", 1)] * 2 == [(link["state"], link["generation"]) for link in links]
+            os.kill(links[1]["passt_pid"], signal.SIGKILL)
+            second.wait_for("link.restored", link=1)
+            wait_until(lambda: agent.status("unwanted")["links"][1]["generation"] == 2, "that is seen")
+
             assert ExitStatus.OK == first.stop()
+            wait_until(lambda: agent.status("wanted")["origin"] == "agent", "it has ended")
+            assert "already supervised" in agent.wait_state("wanted", "failed")["error"]
             agent.act("wanted", "start")
             agent.wait_state("wanted", "ready")
+
+            second.process.kill()
+            second.process.wait()
+            wait_until(lambda: agent.status("unwanted")["state"] == "failed", "its supervisor is gone")
+            left = agent.status("unwanted")
+            assert ("shell", running["unwanted"]["qemu_pid"]) == (left["origin"], left["qemu_pid"])
+            assert "its supervisor is gone, and its QEMU runs on" in left["error"]
+            host.note(*second.children)
+            agent.act("unwanted", "start")
+            assert running["unwanted"]["qemu_pid"] == agent.wait_state("unwanted", "ready")["qemu_pid"]
+            assert "agent" == agent.status("unwanted")["origin"]
             agent.assert_no_bug()
-            assert ExitStatus.OK == agent.stop(signal.SIGPWR)
-        assert ExitStatus.OK == second.stop()
-    host.assert_nothing_left()
+            power_off(agent, host)
+
+
+def test_what_shells_leave_while_the_agent_runs(host: AgentHost) -> None:
+    """It can be stopped, killed and restarted as any other VM."""
+    names = ("stopped", "killed", "restarted")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        qemus = {}
+        for name in names:
+            vm = host.write(name, autostart=False)
+            with vm.path.open("a") as file:
+                file.write('\n[restart]\npolicy = "on-failure"\n')
+            agent.process.send_signal(signal.SIGHUP)
+            agent.wait_for("agent.reloaded")
+            run = Run(vm.path, host.base).__enter__()
+            qemus[name] = run.wait_for("vm.ready")["qemu_pid"]
+            host.note(*run.children)
+            run.process.kill()
+            run.wait()
+            assert run.process.stderr is not None
+            run.process.stderr.close()
+        for name, action in zip(names, ("stop", "kill", "restart"), strict=True):
+            assert ("failed", qemus[name]) == (agent.status(name)["state"], agent.status(name)["qemu_pid"])
+            if action == "stop":
+                command = [sys.executable, "-m", "qrapd", action, name, "--runtime-dir", str(host.base)]
+                subprocess.run(command, check=True, timeout=PATIENCE)
+            else:
+                agent.act(name, action)
+        agent.wait_state("stopped", "exited")
+        agent.wait_state("killed", "failed")  # as one that was killed while nobody had it
+        agent.wait_for_other_qemu("restarted", qemus["restarted"])
+        for name in names:
+            assert not host.known[qemus[name]].alive
+        assert ["request"] == [each["reason"] for each in agent.told("vm.exited", vm="stopped")]
+        assert [] == agent.told("vm.ready", vm="killed")
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+def test_a_vm_of_a_supervisor_that_hangs(host: AgentHost) -> None:
+    """The agent has seen it alive; `qrapd ps` has asked, and says that it does not answer."""
+    vm = host.write("web", autostart=False)
+    with Run(vm.path, host.base) as run, host.agent() as agent:
+        run.wait_for("vm.ready")
+        wait_until((host.base / "web" / "control.sock").exists, "it takes calls")
+        agent.wait_for("agent.ready")
+        assert "ready" == agent.status("web")["state"]
+        run.process.send_signal(signal.SIGSTOP)
+        try:
+            shown = ps(host, "--timeout", "1")["web"]
+        finally:
+            run.process.send_signal(signal.SIGCONT)
+        assert ("failed", "does not answer") == (shown["state"], shown["error"][-len("does not answer") :])
+
+
+def test_a_vm_in_a_directory_that_is_closed(place: Path, as_nobody: list[str]) -> None:
+    """Another user's: that it cannot be seen is what the agent says."""
+    place.chmod(0o777)
+    with agent_host(place) as host:
+        host.base.mkdir(mode=0o755)
+        os.chown(host.base, NOBODY, NOBODY)
+        vm = host.write("web", autostart=False)
+        with Run(vm.path, host.base) as run, host.agent(prefix=as_nobody) as agent:
+            run.wait_for("vm.ready")
+            agent.wait_for("agent.ready")
+            status = agent.status("web")
+            assert "exited" == status["state"]
+            assert (
+                f"whether a unit or a shell runs it cannot be seen: Permission denied: {host.base}/web"
+                in status["error"]
+            )
+            refused = agent.request("POST", "/v1/vms/web/start")
+            assert (409, "closed to the agent") == (
+                refused.status_code,
+                refused.json()["detail"][-len("closed to the agent") :],
+            )
 
 
 def test_a_running_vm_without_a_file(host: AgentHost) -> None:
@@ -482,6 +597,29 @@ def test_what_others_have_left_without_a_file(host: AgentHost) -> None:
     (host.base / "strange" / "record.json").rmdir()
     (host.base / "strange").rmdir()
     host.assert_nothing_left()
+
+
+def test_an_agent_that_is_killed_in_a_start(host: AgentHost) -> None:
+    """The next one removes the directory that was made for it, although it does not start that VM."""
+    host.write("web", autostart=False)
+    # It ends when it has the directory, and before there is anything in it.
+    code = (
+        "import os, signal\nfrom qrapd import supervisor\n"
+        "async def die(*_): os.kill(os.getpid(), signal.SIGKILL)\nsupervisor.look_for_left = die\n"
+    )
+    with host.agent(prefix=patched(code)) as agent:
+        agent.wait_for("agent.ready")
+        agent.request("POST", "/v1/vms/web/start")
+        agent.wait()
+    assert ["lock"] == [each.name for each in (host.base / "web").iterdir()]
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        assert "exited" == agent.status("web")["state"]
+        assert not (host.base / "web").exists()
+        agent.act("web", "start")
+        agent.wait_state("web", "ready")
+        agent.assert_no_bug()
+        power_off(agent, host)
 
 
 def test_the_host_goes_down_while_the_agent_leaves(host: AgentHost) -> None:

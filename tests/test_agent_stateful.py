@@ -614,8 +614,13 @@ def test_what_runs_is_taken_over_whatever_its_file_says() -> None:
         os.kill(before["links"][1]["passt_pid"], signal.SIGKILL)
         eventually(lambda: agent.vm("web")["links"][1]["generation"] == 2, "the link was not healed")
         agent.wait_for_state("web", "ready")
-        assert agent.client.post("/v1/vms/web/restart").status_code == 202
-        os.kill(before["qemu_pid"], signal.SIGKILL)  # there is no guest that could power down
+        # What could not come up again does not go down.
+        answer = agent.client.post("/v1/vms/web/restart")
+        assert (422, True) == (answer.status_code, "no_such_key" in answer.text), answer.text
+        assert before["qemu_pid"] == agent.wait_for_state("web", "ready")["qemu_pid"]
+        assert agent.client.post("/v1/vms/web/kill").status_code == 202
+        agent.wait_for_state("web", "exited")
+        assert agent.client.post("/v1/vms/web/start").status_code == 202
         assert "no_such_key" in agent.wait_for_state("web", "failed")["error"]
         agent.end(signal.SIGTERM)
         agent.assert_nothing_left()

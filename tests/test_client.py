@@ -507,6 +507,12 @@ CASES: dict[str, tuple[Callable[[Any], Verdict | None], Steps, bool | None]] = {
     "stopped": (stopped, [vm("ready"), vm("stopping"), vm("exited")], True),
     "stopping": (stopped, [vm("ready"), vm("stopping")], None),
     "stopped badly": (stopped, [vm("ready"), vm("failed")], False),
+    "left, and stopped": (stopped, [vm("failed", **OLD), vm("starting"), vm("exited")], True),
+    "left, and not to be stopped": (
+        stopped,
+        [vm("failed", **OLD), vm("starting"), vm("failed", **OLD)],
+        False,
+    ),
     "did not run": (stopped, [vm("failed", since="1"), vm("failed", since="1")], True),
     "restarted": (restarted, [vm("ready", **OLD), vm("exited"), vm("ready", **NEW)], True),
     "the old one still": (restarted, [vm("ready", **OLD), vm("degraded", **{**OLD, "since": "2"})], None),

@@ -12,14 +12,15 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from qrapd import runtime_directory
 from qrapd.errors import AlreadySupervised, ExitStatus, Unavailable
-from qrapd.runtime_directory import SOCKETS, SUN_PATH_MAX, VmDirectory, default_base
+from qrapd.runtime_directory import SOCKETS, SUN_PATH_MAX, VmDirectory, clear_up, default_base
+from support import NOBODY
 
 # A process that claims and releases as often as it can. Inside it makes a file that must not be there yet:
 # two who hold the directory at the same time would find each other's.
@@ -227,15 +228,21 @@ def in_pid_namespace() -> list[str]:
 def test_who_supervises(tmp_path: Path) -> None:
     """The pid of another process as of this one; nobody before, after, and where a killed one has left its files."""
     directory = VmDirectory(tmp_path, "web")
-    assert directory.supervisor_pid() is None
+
+    def both() -> tuple[int | None, int | None]:
+        return directory.supervisor_pid(), directory.glance()
+
+    assert (None, None) == both()
     with holder(tmp_path) as (pid, _):
-        assert pid == directory.supervisor_pid()
-    assert directory.supervisor_pid() is None
-    with directory.claim():
-        assert os.getpid() == VmDirectory(tmp_path, "web").supervisor_pid()
-        directory.leave_as_it_is()
+        assert (pid, pid) == both()
+    assert (None, None) == both()
+    with VmDirectory(tmp_path, "web").claim() as claimed:
+        assert (os.getpid(), os.getpid()) == both()
+        (directory.path / "lock").write_text("")  # as on a full /run
+        assert (os.getpid(), 0) == both()
+        claimed.leave_as_it_is()
     assert (directory.path / "lock").exists()
-    assert directory.supervisor_pid() is None
+    assert (None, None) == both()
 
 
 def test_a_supervisor_in_a_namespace(tmp_path: Path, in_pid_namespace: list[str]) -> None:
@@ -295,7 +302,8 @@ def test_who_looks_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
         done.join()
 
 
-def test_no_look_hinders_a_claim(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [VmDirectory.supervisor_pid, VmDirectory.glance])
+def test_no_look_hinders_a_claim(tmp_path: Path, how: Callable[[VmDirectory], int | None]) -> None:
     """While others look all the time, every claim succeeds."""
     stop = threading.Event()
     faults: list[BaseException] = []
@@ -303,7 +311,7 @@ def test_no_look_hinders_a_claim(tmp_path: Path) -> None:
     def look() -> None:
         try:
             while not stop.is_set():
-                assert VmDirectory(tmp_path, "web").supervisor_pid() in (None, os.getpid())
+                assert how(VmDirectory(tmp_path, "web")) in (None, 0, os.getpid())
         except BaseException as error:
             faults.append(error)
 
@@ -438,3 +446,43 @@ def test_a_relative_base_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     """QEMU works in a directory of its own."""
     monkeypatch.chdir(tmp_path)
     assert tmp_path / "run" / "web" == VmDirectory(Path("run"), "web").path
+
+
+# ---- what starts that were cut short have left
+
+
+def of_a_start_cut_short(base: Path, name: str) -> Path:
+    """A directory as a supervisor leaves it that is killed before there is a QEMU."""
+    directory = base / name
+    directory.mkdir(mode=0o700)
+    (directory / "lock").write_text("4711\n")
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(directory / "qmp.sock"))
+    return directory
+
+
+def test_what_is_cleared_up(place: Path) -> None:
+    """What a start has left that was cut short, and nothing that is anybody's."""
+    of_a_start_cut_short(place, "bare")
+    (of_a_start_cut_short(place, "more") / "pesto0.sock").touch()
+    (place / "more" / "record.new").touch()
+    kept = {name: of_a_start_cut_short(place, name) for name in ("recorded", "guarded", "runs", "being-made")}
+    (kept["recorded"] / "record.json").touch()
+    (kept["guarded"] / "failed-starts").touch()
+    (kept["being-made"] / "lock").write_text("")
+    (place / "units").mkdir()
+    (place / "link").symlink_to(kept["recorded"])
+    (place / "agent.lock").touch()
+    if os.geteuid() == 0:
+        foreign = of_a_start_cut_short(place, "foreign")
+        os.chown(foreign, NOBODY, NOBODY)
+    (kept["runs"] / "qmp.sock").unlink()
+    with socket.socket(socket.AF_UNIX) as qemu, VmDirectory(place, "supervised").claim():
+        qemu.bind(str(kept["runs"] / "qmp.sock"))
+        qemu.listen()
+        before = {str(path) for path in place.glob("**/*")}
+        clear_up(place)
+        gone = before - {str(path) for path in place.glob("**/*")}
+        assert {"bare", "more"} == {Path(path).relative_to(place).parts[0] for path in gone}
+        assert {str(place / "bare"), str(place / "more")} <= gone
+    clear_up(place / "nowhere")

@@ -380,6 +380,14 @@ class TestInSystemd:
             name: there[name]["origin"] for name in there
         }
         assert {"ready"} == {each["state"] for each in there.values()}
+        # The agent does not ask them: it tells what it sees, which of another user's is nothing.
+        told = {each["name"]: each for each in json.loads(ask(agent, "root", "GET", "/v1/vms")[1])}
+        seen = [told["one"][key] for key in ("state", "origin", "qemu_pid")]
+        assert ["ready", "unit", there["one"]["qemu_pid"]] == seen
+        assert "/run/qrapd/one/control.sock" in told["one"]["error"]
+        assert "cannot be seen: Permission denied: /run/qrapd/own" in told["own"]["error"]
+        for name in ("one", "own"):
+            assert 409 == ask(agent, "root", "POST", f"/v1/vms/{name}/start")[0]
         owners = agent.shell("stat -c '%U %a' /run/qrapd /run/qrapd/{mine,one,own}", check=True).stdout.split(
             "\n"
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from typing import Any
@@ -155,3 +156,28 @@ def test_what_is_in_the_way_of_a_start(machine: Booted) -> None:
     assert len(found) == len(machine.journal("QRAPD_VM=mistaken"))
     shown = machine.run("qrapd", "logs", "mistaken", "-o", "cat", "--no-pager", check=True).stdout
     assert all(entry["MESSAGE"] in shown for entry in found)
+
+
+def test_of_a_users_own_unit(machine: Booted) -> None:
+    """What the user's systemd says of it is shown to them, and to nobody else."""
+    machine.shell(
+        "id vera || useradd --create-home vera; loginctl enable-linger vera; mkdir -p ~vera/.config/qrapd/vms"
+    )
+    machine.path("/home/vera/.config/qrapd/vms/hers.toml").write_text("[qemu]\nargs = 5\n")
+    # The journal in here is in /run, and not one for each user.
+    machine.shell("chown -R vera: ~vera/.config; usermod --append --groups systemd-journal vera", check=True)
+    uid = machine.run("id", "-u", "vera", check=True).stdout.strip()
+    machine.wait_for("vera's systemd", machine.path(f"/run/user/{uid}/systemd/private").exists)
+    machine.systemctl("start", "qrapd@hers", check=False, user="vera")
+    machine.systemctl("stop", "qrapd@hers", user="vera")
+    said = [e["MESSAGE"] for e in machine.journal("USER_UNIT=qrapd@hers.service", f"_UID={uid}")]
+    command = "qrapd logs hers -o json --all --no-pager"
+    hers = machine.shell(command, user="vera", check=True).stdout
+    roots = machine.shell(command, check=True).stdout
+    machine.shell("loginctl disable-linger vera", check=True)
+    shown = [json.loads(line) for line in hers.splitlines()]
+    assert said
+    assert said == [e["MESSAGE"] for e in shown if "USER_UNIT" in e]
+    for each in (hers, roots):
+        assert "config.invalid" in [json.loads(line).get("QRAPD_EVENT") for line in each.splitlines()]
+    assert '"USER_UNIT"' not in roots

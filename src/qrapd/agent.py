@@ -35,6 +35,7 @@ from qrapd.garbage import collect_garbage
 from qrapd.handover import AGENT_SOCKET, OWN_AGENT_SOCKET, HandedOver
 from qrapd.hosting import HostedVm, HostVitals
 from qrapd.logs import Emit
+from qrapd.runtime_directory import clear_up
 from qrapd.signals import receive_signals
 from qrapd.supervisor import tell_failure
 from qrapd.systemd import Notifier, PrefixedKeeper
@@ -326,6 +327,8 @@ class Agent:
     async def _take_over(self) -> None:
         """Adopt what an earlier agent has left, wanted or not, before anything else is started."""
         async with self._reloading:
+            # Before there are VMs that somebody could start: in a thread, it takes their locks.
+            await anyio.to_thread.run_sync(clear_up, self._base)
             wanted = await self._scan()
             await self._add_without_file()
             left = [vm for vm in self._vms.values() if vm.was_left and not vm.runs]

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
@@ -16,8 +19,9 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from qrapd import plan as planning
-from qrapd import vm_files
-from qrapd.errors import ConfigurationError, Problem, QrapdError, Unavailable
+from qrapd import record, running, vm_files
+from qrapd.elsewhere import Elsewhere
+from qrapd.errors import ConfigurationError, Conflict, Problem, QrapdError, Unavailable
 from qrapd.handover import HandedOver
 from qrapd.hosted_vm import SupervisedVm
 from qrapd.lifecycle import Reason
@@ -28,6 +32,9 @@ from qrapd.runtime_directory import VmDirectory
 from qrapd.status_tracker import StatusTracker
 from qrapd.supervisor import Supervisor, tell_failure
 from qrapd.systemd import Keeper
+
+if TYPE_CHECKING:
+    from qrapd.vm_status import VmStatus
 
 __all__ = ["AgentVm", "Shared"]
 
@@ -70,6 +77,7 @@ class AgentVm(SupervisedVm):
         self.is_new = True
         """nobody has started it yet"""
         self._shared = shared
+        self._elsewhere = Elsewhere(shared.base, self.name)
         self._emit = self.track(self._tell)
         self._ended = anyio.Event()
         self._ended.set()
@@ -87,23 +95,39 @@ class AgentVm(SupervisedVm):
         """Whether another supervisor has left it, and is gone: one of a unit's or a shell's is not for us."""
         directory = VmDirectory(self._shared.base, self.name)
         try:
-            return directory.record_path.exists() and directory.supervisor_pid() is None
+            return directory.record_path.exists() and directory.glance() is None
         except OSError:
-            return False  # another user's, or somebody has it whom we cannot see
+            return False  # another user's
 
     @property
     def is_elsewhere(self) -> bool:
         """Whether somebody else supervises a VM of this name: a unit, or a shell."""
         try:
-            return not self.runs and VmDirectory(self._shared.base, self.name).supervisor_pid() is not None
+            return not self.runs and VmDirectory(self._shared.base, self.name).glance() is not None
         except OSError:
             return True
+
+    @property
+    def status(self) -> VmStatus:
+        """How it is now; where a unit or a shell has it, as far as its directory tells."""
+        status = super().status
+        if self.runs or status.state not in ("exited", "failed"):  # the latter: it is being left
+            return status
+        try:
+            seen = self._elsewhere.look()
+        except OSError as error:
+            words = f"whether a unit or a shell runs it cannot be seen: {error.strerror}: {error.filename}"
+            return status if status.error else status.model_copy(update={"error": words})
+        if seen is None or (seen.state == "failed" and status.state == "failed"):
+            return status  # of what is left, the attempt to take it over has told more
+        return seen
 
     # --- from outside ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         if self.runs:
             await super().start()
+        self._refuse_if_elsewhere()
         self._refuse_if_ending()
         self.begin(HandedOver())
 
@@ -121,13 +145,37 @@ class AgentVm(SupervisedVm):
         self.tracker.begin(datetime.now(UTC))
         self._shared.tasks.start_soon(self._live, handed, only_left)
 
+    def _refuse_if_elsewhere(self) -> None:
+        where = VmDirectory(self._shared.base, self.name)
+        try:
+            if self.runs or where.glance() is None:
+                return
+        except PermissionError:
+            raise Conflict(
+                f"{self.name} may have a supervisor of its own: {where.path} is closed to the agent",
+                hint=f"see whose it is: ls -ld {where.path}",
+            ) from None
+        except OSError:
+            return  # for want of an fd, say: who goes on will find out
+        raise Conflict(
+            f"{self.name} has a supervisor of its own, a unit's or a shell's",
+            hint=f"ask that one, as the commands do: {where.socket_path('control.sock')}",
+        )
+
     async def stop(self) -> None:
+        self._refuse_if_elsewhere()
         self._shared.note_start(self.name)
+        if self._is_left:
+            self._begin_again()
         self._give_up_start(Supervisor.stop)
         await super().stop()
 
     async def kill(self) -> None:
+        self._refuse_if_elsewhere()
         self._shared.note_start(self.name)
+        if self._is_left:
+            self._kill_left()
+            self._begin_again()
         self._give_up_start(Supervisor.kill)
         await super().kill()
 
@@ -137,13 +185,40 @@ class AgentVm(SupervisedVm):
         else:
             self._preparing.cancel()
 
+    @property
+    def _is_left(self) -> bool:
+        """Whether somebody has left it whom this agent has not followed: a unit or a shell, later than it began."""
+        return not self.runs and self.was_left
+
+    def _begin_again(self) -> None:
+        """Take over what is to end: nobody else would do that."""
+        self._refuse_if_ending()
+        self.begin(HandedOver(), only_left=True)
+
+    def _kill_left(self) -> None:
+        with contextlib.suppress(record.Unusable, Unavailable):  # who takes it over will say so
+            found = record.read(VmDirectory(self._shared.base, self.name).record_path)
+            if found is not None and found.qemu.alive:
+                running.tell(found.qemu, signal.SIGKILL)
+
     async def restart(self) -> None:
         self._refuse_if_ending()
+        self._refuse_if_elsewhere()
         if self.supervisor is not None:
             await super().restart()
+        elif self._is_left:
+            # What could not come up again must not go down.
+            await anyio.to_thread.run_sync(self._read, limiter=self._shared.planning)
+            await self.start()
+            self._asked = Supervisor.restart
         elif not self.runs:
             await self.start()
         # else it is on its way up, by its file as that is now
+
+    @property
+    def _required(self) -> Supervisor:
+        self._refuse_if_elsewhere()
+        return super()._required
 
     async def leave(self) -> None:
         """Let it be for another agent to adopt, as soon as nothing is under way; what is not up yet is waited for."""

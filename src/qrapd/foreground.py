@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import time
 import traceback
 from collections.abc import AsyncIterable, Callable, Mapping
 from datetime import UTC, datetime
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.abc import TaskGroup
 
+from qrapd.backoff import LONGEST_DELAY, Backoff
 from qrapd.errors import Conflict, QrapdError, Unavailable
 from qrapd.event_log import EventLog
 from qrapd.garbage import collect_garbage
@@ -114,7 +117,11 @@ class _Foreground:
         self.events = EventLog()
         self._emit = emit
         self._tasks = tasks
-        self._reporter = Reporter(notifier, plan.powerdown_timeout + 2 * plan.quit_timeout + STOP_MARGIN)
+        self._reporter = Reporter(
+            notifier,
+            plan.powerdown_timeout + 2 * plan.quit_timeout + STOP_MARGIN,
+            lambda: self._supervisor.is_stopping,
+        )
         links = [(link.index, link.mode) for link in plan.links]
         tracker = StatusTracker(plan.name, origin, links, datetime.now(UTC))
         self._vm = SupervisedVm(tracker)
@@ -147,6 +154,7 @@ class _Foreground:
             elif number == SIGUSR2:
                 self._tasks.start_soon(self._supervisor.leave)
             else:
+                self._reporter.note_stop()
                 # The second signal takes the next, rougher step; a stop that somebody else has asked for is none.
                 self._supervisor.stop(hurry=self._was_told_to_stop)
                 self._was_told_to_stop = True
@@ -167,21 +175,39 @@ class _Foreground:
     # --- the API --------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        """Once the VM is up. A bug in the API must not end it."""
+        """Once the VM is up, for as long as it runs. A bug in the API must not end it."""
         try:
-            vm = await self._supervisor.wait_until_ready()
+            await self._supervisor.wait_until_ready()
         except Conflict:
             return
-        name = vm.plan.name
-        try:
-            from qrapd.api.server import serve_on_demand  # only now: no start waits for it (3 ms)
+        backoff = Backoff(sys.maxsize, window=1)  # no limit: the VM outlasts a full /run, or a lack of fds
+        is_told = False
+        while True:
+            began = time.monotonic()
+            try:
+                from qrapd.api.server import serve_on_demand  # only now: no start waits for it (3 ms)
 
-            with self._supervisor.directory.listen("control.sock", backlog=BACKLOG) as listener:
-                await serve_on_demand(listener, self._make_app, report=self._report)
-        except Unavailable as error:
-            self._tell("link.notice", vm=name, notice=f"{error.message}: `qrapd ps` does not see this VM")
-        except Exception as error:
-            self._report("the API ended", error)
+                with self._supervisor.directory.listen("control.sock", backlog=BACKLOG) as listener:
+                    if is_told:
+                        self._notice("takes calls again: `qrapd ps` and others see all of this VM")
+                        is_told = False
+                    await serve_on_demand(listener, self._make_app, report=self._report)
+            except (Unavailable, OSError) as error:
+                if time.monotonic() - began > LONGEST_DELAY:
+                    backoff.succeed()
+                if not is_told:
+                    words = error.message if isinstance(error, Unavailable) else str(error)
+                    self._notice(
+                        f"takes no calls, and tries again: {words}; `qrapd ps` sees less of this VM until then"
+                    )
+                is_told = True
+            except Exception as error:
+                self._report("the API ended", error)
+                return
+            await anyio.sleep(backoff.fail(time.monotonic()) or LONGEST_DELAY)
+
+    def _notice(self, words: str) -> None:
+        self._tell("link.notice", vm=self._vm.name, notice=words)
 
     def _make_app(self) -> Any:
         from qrapd.api.access import Policy

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qrapd.errors import AlreadySupervised, Unavailable
 
-__all__ = ["SOCKETS", "VmDirectory", "default_base"]
+__all__ = ["SOCKETS", "VmDirectory", "clear_up", "default_base"]
 
 SUN_PATH_MAX = 107
 """Bytes that a UNIX socket's path may have: unix(7), sizeof(sun_path) less its NUL."""
@@ -45,6 +45,32 @@ def default_base(environment: Mapping[str, str], uid: int) -> Path:
     raise Unavailable(
         "there is no runtime directory: $XDG_RUNTIME_DIR is not set",
         hint="log in through a session that sets it, or name a directory of your own: --runtime-dir DIR",
+    )
+
+
+def clear_up(base: Path) -> None:
+    """Remove what starts that were cut short have left: a VM's directory with a lock that nobody holds, and no record.
+
+    Only what is this user's. One without a lock is left: it may be a unit's, made for a start that is to come.
+    """
+    with contextlib.suppress(OSError), os.scandir(base) as entries:
+        for entry in [*entries]:
+            with contextlib.suppress(OSError, AlreadySupervised, Unavailable):
+                if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and _is_cut_short(entry):
+                    with VmDirectory(base, entry.name).claim() as directory:
+                        if not _is_cut_short(entry) or directory.is_answered("qmp.sock"):
+                            directory.leave_as_it_is()
+
+
+def _is_cut_short(entry: os.DirEntry[str]) -> bool:
+    """Whether it looks like it. A lock that says nothing is one that is just being made."""
+    if not entry.is_dir(follow_symlinks=False):
+        return False
+    files = {each.name for each in Path(entry).iterdir() if not each.name.startswith("pesto")}
+    return (
+        "lock" in files
+        and files <= {"lock", "record.new", *SOCKETS}
+        and Path(entry.path, "lock").lstat().st_size > 0
     )
 
 
@@ -79,16 +105,10 @@ class VmDirectory:
 
         :raise PermissionError: this user may not know, or the holder is in a PID namespace that is hidden from here.
         """
+        lock = self._open_lock()
+        if lock is None:
+            return None
         try:
-            # Root looks into users' directories, too: a pipe of that name must not hold it up, nor a link lead it on.
-            lock = os.open(self.path / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-                return None
-            raise
-        try:
-            if not stat.S_ISREG(os.fstat(lock).st_mode):
-                return None
             for _ in range(3):  # it may be taken between the two steps
                 try:
                     if pid := _holder(lock):
@@ -102,10 +122,39 @@ class VmDirectory:
                 raise PermissionError(
                     errno.EPERM, "its supervisor is in another PID namespace", str(self.path)
                 )
-            text = os.pread(lock, 32, 0).strip()
-            return int(text) if text.isdigit() else None
+            return _noted(lock)
         finally:
             os.close(lock)
+
+    def glance(self) -> int | None:
+        """As :meth:`supervisor_pid`, in a twentieth of the time, for those to whom it matters little which pid that is.
+
+        The lock is tried, and the pid is the one that its holder has written down: 0 if there is none.
+
+        :raise OSError: this user may not know.
+        """
+        lock = self._open_lock()
+        if lock is None:
+            return None
+        try:
+            if _try_lock(lock, fcntl.LOCK_SH):
+                return None
+            return _noted(lock) or 0
+        finally:
+            os.close(lock)
+
+    def _open_lock(self) -> int | None:
+        try:
+            # Root looks into users' directories, too: a pipe of that name must not hold it up, nor a link lead it on.
+            lock = os.open(self.path / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+                return None
+            raise
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            os.close(lock)
+            return None
+        return lock
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[VmDirectory]:
@@ -257,6 +306,11 @@ def _try_lock(fd: int, how: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _noted(lock: int) -> int | None:
+    text = os.pread(lock, 32, 0).strip()
+    return int(text) if text.isdigit() else None
 
 
 def _lock_for_good(fd: int) -> bool:

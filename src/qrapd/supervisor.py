@@ -7,6 +7,7 @@ Who asks for what is not known here: signals (:mod:`qrapd.foreground`), or calle
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -47,6 +48,9 @@ Companion = Callable[[Vm], Coroutine[Any, Any, None]]
 _OTHER_NIC = (
     "the machine that runs has another NIC here than the file now wants: that takes a restart of the VM"
 )
+
+_OF_NIC = re.compile(r"link(\[\d+\]\.(mode|mac))?")
+"""Keys of which the machine itself tells whether it lacks them."""
 
 
 class Supervisor:
@@ -100,8 +104,15 @@ class Supervisor:
         self._over = anyio.Event()
         self._file = plan.file
         """as it was read last"""
+        self._begun_by: VmFile | None = None
+        """the file as it was when the machine was started or taken over"""
 
     # --- from outside ---------------------------------------------------------------------------------
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the VM's end has been asked for, and nothing comes after it."""
+        return self._stopped.is_set()
 
     def stop(self, *, hurry: bool = False) -> None:
         """Ask for an orderly end.
@@ -263,6 +274,7 @@ class Supervisor:
                     self.directory.clear_up()
                     if self._only_left or self._stopped.is_set():
                         return Outcome(Reason.REQUEST)
+                    self._again = False  # what is to be started anew has ended
                 self._begin(self.plan, left)
                 async with anyio.create_task_group() as self._tasks:
                     outcome = await self._keep_running(companion)
@@ -335,13 +347,14 @@ class Supervisor:
         fitting = left.fit(plan) if left is not None else plan
         for link in _differing(plan, fitting) if plan.can_start else ():
             self._emit("link.notice", link=link, notice=_OTHER_NIC)
+        self._begun_by = plan.file
         if left is not None:
             fitting = self._keep_forwards(
                 fitting, {link.index: link.changed for link in left.record.links if link.changed is not None}
             )
         self.vm = Vm(fitting, self.directory, self._tell, keeper=self._keeper, origin=self._origin, left=left)
         self._note_machine(self.vm)
-        if self._stopped.is_set():
+        if self._stopped.is_set() or self._again:
             self.vm.stop()
         renewed, self._renewed = self._renewed, anyio.Event()
         renewed.set()
@@ -414,11 +427,20 @@ class Supervisor:
 
     def _compare(self, plan: Plan, vm: Vm) -> Changes:
         """What is new since the file was read last, and what the machine that runs still lacks."""
-        started_by = vm.plan.file
-        if started_by is None or self._file is None or plan.file is None:
+        if plan.file is None:
             return Changes()
-        lacking = compare(started_by, plan.file).needing_restart
-        return replace(compare(self._file, plan.file), needing_restart=lacking)
+        new = Changes() if self._file is None else compare(self._file, plan.file)
+        if vm.plan.file is not None:
+            return replace(new, needing_restart=compare(vm.plan.file, plan.file).needing_restart)
+        # It was taken over with other NICs than its file had: by what it was started is not known, what it has is.
+        then = Changes() if self._begun_by is None else compare(self._begun_by, plan.file)
+        others = [key for key in then.needing_restart if not _OF_NIC.fullmatch(key)]
+        nics = _differing_keys(plan, vm.plan)
+        if "link" in nics:  # of no table is it known which NIC it means: none was touched
+            new = Changes(
+                *(tuple(k for k in keys if k[:5] != "link[") for keys in (new.applied, new.swapped))
+            )
+        return replace(new, needing_restart=(*others, *nics))
 
 
 async def _first_of(*events: anyio.Event) -> None:
@@ -435,6 +457,18 @@ def _differing(plan: Plan, fitting: Plan) -> list[int]:
     """The links whose NICs the file now wants otherwise than the machine that runs has them."""
     wanted, there = ({link.index: (link.mode, link.mac) for link in each.links} for each in (plan, fitting))
     return [index for index in sorted({*wanted, *there}) if wanted.get(index) != there.get(index)]
+
+
+def _differing_keys(plan: Plan, fitting: Plan) -> list[str]:
+    """The same as keys of the file."""
+    if len(plan.links) != len(fitting.links):
+        return ["link"]
+    pairs = zip(plan.links, fitting.links, strict=True)
+    return [
+        f"link[{wanted.index}].{'mac' if wanted.mode == there.mode else 'mode'}"
+        for wanted, there in pairs
+        if (wanted.mode, wanted.mac) != (there.mode, there.mac)
+    ]
 
 
 def tell_failure(emit: Emit, error: QrapdError, *, vm: str | None) -> None:

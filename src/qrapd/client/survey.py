@@ -70,14 +70,16 @@ async def survey(places: Places, *, timeout: float = ANSWER_TIMEOUT) -> Survey:
     hung_agent = bool(found.problems)
     closed = []
     for name in names:
-        if name in answers:
+        # The agent knows of one with a supervisor of its own what the directory tells, and not that it is silent.
+        if name in answers and name not in silent:
             continue
         try:
             status = look(
                 places.base, name, silent=name in silent or (hung_agent and not _exists(places.control(name)))
             )
         except PermissionError:
-            closed.append(name)
+            if name not in answers:
+                closed.append(name)
         else:
             if status is not None:
                 answers[name] = status

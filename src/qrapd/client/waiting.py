@@ -48,10 +48,13 @@ def restarted(history: History) -> Verdict | None:
 def stopped(history: History) -> Verdict | None:
     """It has ended; well, if it ran at all when it was told to."""
     before, now = history[0], history[-1]
+    ran = (
+        before["state"] not in OVER or _pid(before) is not None
+    )  # failed, with a QEMU: left by its supervisor
     if now["state"] == "exited":
-        return Verdict(True, "has ended" if before["state"] not in OVER else "does not run")
+        return Verdict(True, "has ended" if ran else "does not run")
     if now["state"] == "failed":
-        if before["state"] in OVER:
+        if not ran:
             return Verdict(True, "does not run")
         return Verdict(False, f"has ended, and not well: {_error(now)}")
     return None

@@ -55,21 +55,28 @@ async def host_of(places: Places, name: str) -> AsyncIterator[Client]:
     :raise Unknown: there is no such VM.
     :raise Unavailable: nobody answers for it.
     """
+    closed: Unreachable | None = None
     for socket in _sockets(places, name):
         async with Client(socket) as client:
             try:
                 await client.vm(name)
             except Unreachable as error:
-                if places.socket is not None or error.cause not in ("absent", "refused"):
+                if places.socket is not None or error.cause not in ("absent", "refused", "denied"):
                     raise
+                # An agent's VMs have directories that are closed to those, too, who may speak with it.
+                closed = closed or (error if error.cause == "denied" else None)
             except Unknown:
                 if places.socket is not None or socket != places.agent:
                     raise
+                if closed is not None:
+                    raise closed from None
                 _refuse_silent(places, name)
                 raise
             else:
                 yield client
                 return
+    if closed is not None:
+        raise closed
     _refuse_silent(places, name)
     raise _unknown(places, name)
 

@@ -93,8 +93,10 @@ def logs(name: str, options: tuple[str, ...]) -> None:
     """Show a VM's log from the journal: qrapd's, passt's, QEMU's and the guest's lines. -f follows it."""
     from qrapd.binaries import find_binary
 
-    # The unit's own lines, too: what systemd says of it has no field of ours.
-    command = [find_binary("journalctl"), *options, f"QRAPD_VM={name}", "+", f"UNIT=qrapd@{name}.service"]
+    # What systemd says of the unit, too, which has no field of ours: the system's, and this user's own (journalctl(1)).
+    unit = f"qrapd@{name}.service"
+    wanted = [f"QRAPD_VM={name}", "+", f"UNIT={unit}", "+", f"USER_UNIT={unit}", f"_UID={os.geteuid()}"]
+    command = [find_binary("journalctl"), *options, *wanted]
     os.execv(command[0], command)  # noqa: S606 (no shell, as always)
 
 
