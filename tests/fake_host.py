@@ -57,6 +57,7 @@ def status(
         "restarts": 0,
         "links": links if isinstance(links, list) else [link(n) for n in range(links)],
         "error": None,
+        "hint": None,
         **fields,
     }
 
@@ -78,11 +79,17 @@ class FakeHost:
         """why every start and every swap fails"""
         self.by = "pesto"
         self.forwards: dict[str, list[str]] = {"tcp": ["8080:80"], "udp": []}
+        self.clashes: list[str] = []
+        """host ports that another link forwards"""
         self.calls: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.epoch = "a"
         self.cut_after = 0
         """break off each stream of events after so many; 0: never"""
+        self.pause = 0.0
+        """seconds before each event"""
+        self.busy = 0
+        """so many calls for events are refused, for want of room"""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- what happens
@@ -194,6 +201,13 @@ class FakeHost:
                 return problem(404, f"link 0 does not forward {each['ports']}", hint="it forwards 8080:80")
             self.forwards[each["protocol"]].remove(each["ports"])
         for each in change.get("add", ()):
+            if (port := each["ports"].partition(":")[0]) in self.clashes:
+                wrong = {
+                    "key": "link[0].passt.tcp_ports[1]",
+                    "reason": f"forwards tcp port {port} of the host, as link[1].passt.tcp_ports[0] does",
+                    "hint": "take another",
+                }
+                return problem(422, "/etc/qrapd/vms/web.toml: 1 problem", problems=[wrong])
             self.forwards[each["protocol"]].append(each["ports"])
         if self.by == "swap":
             await self._swap(vm["name"], request.path_params["index"])
@@ -203,6 +217,9 @@ class FakeHost:
         self.calls.append(f"GET /v1/events?{request.url.query}")
         if not self.vms:
             return problem(403, "the user 1 may not do this")
+        if self.busy:
+            self.busy -= 1
+            return problem(503, "there is no room for another one")
         return StreamingResponse(self._stream(request), media_type="text/event-stream")
 
     async def _stream(self, request: Request) -> AsyncIterator[str]:
@@ -221,6 +238,7 @@ class FakeHost:
                 event = self.events[place]
                 place += 1
                 if vm in (None, event.get("vm")):
+                    await asyncio.sleep(self.pause)
                     text = json.dumps(event, ensure_ascii=False)
                     yield f"id: {self.epoch}-{place}\nevent: {event['event']}\ndata: {text}\n\n"
                     told += 1

@@ -117,6 +117,30 @@ def test_two_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ["web.toml"] == [each.name for each in tmp_path.iterdir()]
 
 
+def test_only_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two who write at once one does, and nobody replaces what is there, a link that leads nowhere included."""
+    path, other = tmp_path / "web.toml", tmp_path / "other.toml"
+    texts = ["# a\n", "# b\n"]
+    both = threading.Barrier(len(texts), timeout=60)
+    link = os.link
+
+    def link_together(source: Path, target: Path) -> None:
+        both.wait()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_together)
+    with ThreadPoolExecutor(len(texts)) as threads:
+        written = [threads.submit(vm_files.write, path, text, only_new=True) for text in texts]
+        done = [each.result(60) for each in written]
+    assert [False, True] == sorted(done)
+    assert path.read_text() == texts[done.index(True)]
+    monkeypatch.undo()
+    other.symlink_to("nowhere")
+    assert not vm_files.write(other, "# c\n", only_new=True)
+    assert "nowhere" == str(other.readlink())
+    assert {"web.toml", "other.toml"} == {each.name for each in tmp_path.iterdir()}
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full: said so, and the file that is there stays alone and as it was."""
     path = tmp_path / "web.toml"

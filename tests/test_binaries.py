@@ -123,6 +123,23 @@ def test_packages_by_distribution(name: str, family: str, expected: str | None) 
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("qemu-system-x86", "its programs are qemu-system-x86_64, qemu-system-i386"),
+        ("qemu-system-riscv", "its programs are qemu-system-riscv32, qemu-system-riscv64"),
+        ("qemu-system-arm", "install it: "),  # a package, and a program in it
+        ("qemu-system-s390x", "install it: "),
+    ],
+)
+def test_a_package_is_not_taken_for_a_program(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
+    """Who writes the package's name has it most likely installed: that would be no help."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(Unavailable) as caught:
+        binaries.find_binary(name)
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
     ("family", "tool"),
     [
         ("debian", "apt install"),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from qrapd.binaries import kvm_works
+from qrapd.cli import COMMANDS
 from support import NOBODY, processes_with, write_vm
 
 
@@ -148,6 +150,21 @@ def test_a_runtime_directory_that_cannot_be_written(place: Path, as_nobody: list
     os.chown(place, NOBODY, NOBODY)
 
 
+def test_a_disk_that_qemu_may_not_read(place: Path, as_nobody: list[str]) -> None:
+    """Not the path is wrong but who QEMU is: the user that it runs as is named."""
+    disk = place / "web.img"
+    disk.touch(0o600)
+    path = write(place, f"[qemu]\nargs = ['-drive', 'file={disk},format=raw']\n")
+    os.chown(place, NOBODY, NOBODY)
+    command = [*as_nobody, "qrapd", "run", str(path), "--runtime-dir", str(place / "run")]
+    ended = subprocess.run(
+        [*command, "--log-format", "console"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert 1 == ended.returncode
+    assert f"Could not open '{disk}': Permission denied" in ended.stderr
+    assert "hint: QEMU runs as user nobody" in ended.stderr
+
+
 def test_no_runtime_directory_at_all(place: Path, as_nobody: list[str]) -> None:
     """A user without $XDG_RUNTIME_DIR is told so."""
     command = ["env", "-u", "XDG_RUNTIME_DIR", "-u", "RUNTIME_DIRECTORY", *as_nobody, "qrapd", "run"]
@@ -170,6 +187,54 @@ def test_check_of_good_files(tmp_path: Path) -> None:
     assert ["no network", "1 link", "2 links"] == [
         line.rpartition(", ")[2].rstrip(")") for line in ended.stdout.splitlines()
     ]
+
+
+def test_check_doubts_a_name_that_is_not_the_files(tmp_path: Path) -> None:
+    """Such a VM can be run, but neither the agent nor a unit would find it by its name: a warning, and 0."""
+    path = write(tmp_path, "name = 'other'\n")
+    ended = qrapd("check", path)
+    assert (0, f"{path}: fine (other: ") == (ended.returncode, ended.stdout.partition("qemu")[0])
+    assert [
+        f"{path}: warning: name: is not the file's own, by which the agent and the unit qrapd@ know a VM "
+        "(it is 'other')",
+        "  hint: for them, name the file other.toml",
+    ] == ended.stderr.splitlines()
+
+
+def test_check_doubts_a_disk_that_is_not_there(tmp_path: Path) -> None:
+    """It may be made later: a warning, with the path as it will be looked for; none for one that is there."""
+    (tmp_path / "there.img").touch()
+    path = write(
+        tmp_path, "[qemu]\nargs = ['-drive', 'file=there.img', '-drive', 'file=gone.img,if=virtio']\n"
+    )
+    ended = qrapd("check", path)
+    assert 0 == ended.returncode
+    assert [
+        f"{path}: warning: qemu.args[3]: names a disk's file that is not there (it is '{tmp_path}/gone.img')",
+        f"  hint: make it, or correct the path: relative ones start at {tmp_path}",
+    ] == ended.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("accel = 'kvm'", "KVM"),
+        ("accel = 'tcg'", "no KVM"),
+        ("accel = 'args'", "the accelerator of its args"),
+        ("args = ['-machine', 'q35,accel=kvm:tcg']", "the accelerator of its args"),
+    ],
+)
+def test_check_and_plan_agree_on_the_accelerator(tmp_path: Path, text: str, said: str) -> None:
+    """What `check` says in words is what `plan` has as an argument."""
+    path = write(tmp_path, f"[qemu]\n{text}\n")
+    ended = qrapd("check", path)
+    assert f", {said}, no network)" in ended.stdout
+    accelerator = {"KVM": "-accel kvm", "no KVM": "-accel tcg"}.get(said, "")
+    planned = qrapd("plan", path).stdout
+    assert accelerator in planned
+    assert bool(accelerator) == ("-accel" in planned)
+    works, reason = kvm_works()
+    assert (said == "KVM" and not works) == (f"qemu.accel: KVM cannot work here: {reason}" in ended.stderr)
 
 
 def test_check_goes_on_after_a_bad_file(tmp_path: Path) -> None:
@@ -221,6 +286,45 @@ def test_help_and_version() -> None:
     assert "Run QEMU virtual machines" in qrapd("--help").stdout
     assert 0 == qrapd("run", "-h").returncode
     assert qrapd("--version").stdout.startswith("qrapd ")
+
+
+def test_the_list_of_commands_fits_a_terminal() -> None:
+    """Each command is said whole in its line: none is cut or wrapped in 80 columns."""
+    shown = qrapd("--help", COLUMNS="80").stdout
+    assert max(map(len, shown.splitlines())) < 80
+    assert "..." not in shown.partition("\n\n")[2]
+    assert len(COMMANDS) == len(shown.partition("Commands:\n")[2].splitlines())
+    for group in ("forward", "link"):
+        assert "..." not in qrapd(group, "--help", COLUMNS="80").stdout.partition("Commands:\n")[2]
+
+
+def test_help_is_a_word_too() -> None:
+    """`qrapd help` is `qrapd --help`, and `qrapd help run` is `qrapd run --help`."""
+    assert qrapd("--help").stdout == qrapd("help").stdout
+    assert qrapd("run", "--help").stdout == qrapd("help", "run").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("stat", "No such command 'stat'. Did you mean 'start'?\n"),
+        ("chek", "No such command 'chek'. Did you mean 'check'?\n"),
+        ("pss", "No such command 'pss'. Did you mean 'ps'?\n"),
+        ("xyzzy", "No such command 'xyzzy'.\n"),
+    ],
+)
+def test_a_command_that_there_is_not(typed: str, told: str) -> None:
+    """A slip of the finger is told what was meant."""
+    ended = qrapd(typed)
+    assert 2 == ended.returncode
+    assert ended.stderr.endswith(f"Error: {told}")
+
+
+def test_what_may_be_left_out_is_shown_so() -> None:
+    """In brackets, as everywhere."""
+    assert "qrapd events [OPTIONS] [NAME]\n" in qrapd("events", "-h").stdout
+    assert "qrapd stop [OPTIONS] [FILE|NAME]\n" in qrapd("stop", "-h").stdout
+    assert "qrapd show [OPTIONS] NAME\n" in qrapd("show", "-h").stdout
 
 
 def test_events_on_a_terminal(place: Path) -> None:

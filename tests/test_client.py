@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import gc
 import itertools
@@ -15,8 +16,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import pytest
@@ -30,11 +32,12 @@ from qrapd.api.access import Policy
 from qrapd.api.app import make_app
 from qrapd.client import places as client_places
 from qrapd.client import survey as client_survey
-from qrapd.client.http import Client, Unreachable, error_of
+from qrapd.client.http import Client, Forbidden, Unreachable, error_of
 from qrapd.client.places import Places, is_name, look, origin_of
 from qrapd.client.stream import EventReader, ServerEvent
 from qrapd.client.survey import survey
 from qrapd.client.waiting import Verdict, killed, restarted, started, stopped, swapped
+from qrapd.commands import asking
 from qrapd.errors import ConfigurationError, Conflict, QrapdError, Unavailable, Unknown, UsageError
 from qrapd.process import start_time
 from qrapd.record import LinkRecord, ProcessId, Record
@@ -100,7 +103,7 @@ NOBODY_THERE = ProcessId(os.getpid(), 1)
     ("code", "kind", "exit_status"),
     [
         (400, UsageError, 2),
-        (403, Unavailable, 69),
+        (403, Forbidden, 69),
         (404, Unknown, 69),
         (409, Conflict, 75),
         (412, Conflict, 75),
@@ -277,6 +280,53 @@ async def test_events_that_there_were(place: Path) -> None:
     assert [0, 2] == [event.fields["n"] for event in kept]
 
 
+async def test_events_that_come_slowly(place: Path) -> None:
+    """All that are kept, however busy their host is; and silence is none of their end."""
+    with FakeHost(status("web")).serve(place / "s") as host:
+        host.pause = 0.7
+        for n in range(2):
+            host.tell("vm.ready", vm="web", n=n)
+        async with Client(place / "s") as client:
+            assert [0, 1] == [event.fields["n"] async for event in client.events(follow=False)]
+        host.pause = PATIENCE
+        async with Client(place / "s", timeout=0.3) as client:
+            with pytest.raises(Unreachable, match="does not answer"):
+                await anext(client.events(follow=False))
+
+
+def test_data_in_the_moment_in_which_a_wait_ends(
+    place: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They come in the same turn of the loop in which the reader is cancelled: nothing is said of that."""
+
+    async def job() -> None:
+        with mute(place / "s") as listener:
+            stream = await anyio.connect_unix(place / "s")
+            server, _ = listener.accept()
+            async with anyio.create_task_group() as tasks:
+                with server:
+                    tasks.start_soon(stream.receive)
+                    await anyio.sleep(0.05)
+                    server.sendall(b"x")
+                    await asyncio.sleep(0)  # one turn, and no checkpoint of anyio's, which takes another
+                    tasks.cancel_scope.cancel()
+            await stream.aclose()
+
+    asking.run(job)
+    assert ([], "") == (caplog.records, capfd.readouterr().err)
+
+
+def test_other_errors_of_the_loop_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What is no such thing is none that may be lost."""
+
+    async def job() -> None:
+        asyncio.get_running_loop().call_soon(lambda: 1 // 0)
+        await asyncio.sleep(0.05)
+
+    asking.run(job)
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_events_go_on_after_a_lost_connection(place: Path) -> None:
     """Every one of them once, though the server hangs up after each second one."""
     with FakeHost(status("web")).serve(place / "s") as host:
@@ -447,6 +497,25 @@ def test_left_with_nothing_that_runs(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ("agent", "start the agent: `systemctl --user start qrapd-agent`"),
+        ("unit", "start its unit: `systemctl --user start qrapd@left`"),
+        ("shell", "run its file again: `qrapd run`"),
+    ],
+)
+def test_who_takes_over(
+    place: Path, monkeypatch: pytest.MonkeyPatch, origin: Literal["agent", "unit", "shell"], words: str
+) -> None:
+    """That depends on who has left it; in the system's directory its units are meant."""
+    (place / "left").mkdir()
+    record.write(place / "left/record.json", Record(ME, (), origin=origin))
+    assert words in (look(place, "left") or {})["hint"]
+    monkeypatch.setattr(client_places, "SYSTEM", place)
+    assert words.replace(" --user", "") in (look(place, "left") or {})["hint"]
+
+
+@pytest.mark.parametrize(
     ("cgroup", "words", "origin"),
     [
         ("0::/system.slice/system-qrapd.slice/qrapd@web.service", [], "unit"),
@@ -484,6 +553,7 @@ def test_importing_places_takes_no_http() -> None:
 # --- the end of a wait --------------------------------------------------------------------------------
 
 OLD, NEW = {"qemu_pid": 1, "since": "1"}, {"qemu_pid": 2, "since": "9"}
+AGO = {"since": (datetime.now(UTC) - timedelta(seconds=60)).isoformat().replace("+00:00", "Z")}
 Steps = list[dict[str, Any]]
 
 
@@ -513,10 +583,30 @@ CASES: dict[str, tuple[Callable[[Any], Verdict | None], Steps, bool | None]] = {
         [vm("failed", **OLD), vm("starting"), vm("failed", **OLD)],
         False,
     ),
+    "still there, by its host's own words": (
+        stopped,
+        [vm("failed", since="1"), vm("starting"), vm("failed", since="2")],
+        False,
+    ),
+    "still there": (stopped, [vm("ready", **OLD), vm("failed", qemu_pid=1)], False),
+    "stopped, and started by others": (stopped, [vm("ready", **OLD), vm("ready", **NEW)], True),
+    "a stop that is forgotten": (stopped, [vm("ready"), vm("stopping"), vm("degraded", **AGO)], False),
+    "a stop that the next one goes on with": (
+        stopped,
+        [vm("ready"), vm("stopping"), vm("ready", since="9")],
+        None,
+    ),
     "did not run": (stopped, [vm("failed", since="1"), vm("failed", since="1")], True),
     "restarted": (restarted, [vm("ready", **OLD), vm("exited"), vm("ready", **NEW)], True),
     "the old one still": (restarted, [vm("ready", **OLD), vm("degraded", **{**OLD, "since": "2"})], None),
-    "between two": (restarted, [vm("ready", **OLD), vm("exited")], None),
+    "between two": (restarted, [vm("ready", **OLD), vm("exited", since="9")], None),
+    "no second one": (restarted, [vm("stopping", **OLD), vm("exited", **AGO)], False),
+    "none before, and none yet": (restarted, [vm("exited", **AGO), vm("exited", **AGO)], None),
+    "a restart that is forgotten": (
+        restarted,
+        [vm("ready", **OLD), vm("stopping", **OLD), vm("ready", qemu_pid=1, **AGO)],
+        False,
+    ),
     "restart failed": (restarted, [vm("ready", **OLD), vm("failed")], False),
     "restarted and ended": (
         restarted,
@@ -525,6 +615,9 @@ CASES: dict[str, tuple[Callable[[Any], Verdict | None], Steps, bool | None]] = {
     ),
     "killed": (killed, [vm("ready"), vm("failed")], True),
     "killed, and up again": (killed, [vm("ready", **OLD), vm("ready", **NEW)], True),
+    "left, and killed": (killed, [vm("failed", **OLD), vm("starting"), vm("exited")], True),
+    "not killed": (killed, [vm("failed", **OLD), vm("starting"), vm("failed", qemu_pid=1)], False),
+    "left, and not killed yet": (killed, [vm("failed", **OLD), vm("failed", **OLD)], None),
     "not killed yet": (killed, [vm("ready", **OLD), vm("ready", **OLD)], None),
     "swapped": (lambda h: swapped(h, 0), swapping(link(), link(state="down"), link(generation=2)), True),
     "not swapped yet": (lambda h: swapped(h, 0), swapping(link(), link()), None),
@@ -536,6 +629,11 @@ CASES: dict[str, tuple[Callable[[Any], Verdict | None], Steps, bool | None]] = {
         False,
     ),
     "no VM any more": (lambda h: swapped(h, 0), [vm("ready"), vm("exited")], False),
+    "started anew": (
+        lambda h: swapped(h, 0),
+        [vm("ready", links=[link(generation=7)]), vm("ready", links=[link()], qemu_pid=2)],
+        False,
+    ),
     "no link any more": (lambda h: swapped(h, 1), [vm("ready", links=2), vm("ready")], False),
 }
 
@@ -547,6 +645,33 @@ def test_verdicts(case: str) -> None:
     verdict = decide(history)
     assert expected is (None if verdict is None else verdict.ok)
     assert verdict is None or verdict.words
+
+
+@pytest.mark.parametrize(
+    ("decide", "history", "words"),
+    [
+        (killed, [vm("failed", since="1"), vm("starting"), vm("failed", since="2")], "is dead"),
+        (killed, [vm("failed", since="1"), vm("failed", since="1")], "does not run"),
+        (stopped, [vm("exited"), vm("exited")], "does not run"),
+        (stopped, [vm("failed", since="1"), vm("starting"), vm("exited")], "has ended"),
+    ],
+)
+def test_words_of_what_ran(decide: Callable[[Any], Verdict | None], history: Steps, words: str) -> None:
+    """Of a VM that its host could not take over nobody says that it does not run."""
+    verdict = decide(history)
+    assert verdict is not None
+    assert (True, words) == (verdict.ok, verdict.words)
+
+
+@pytest.mark.parametrize(
+    "case", ["a stop that is forgotten", "a restart that is forgotten", "no second one", "still there"]
+)
+def test_what_to_do_about_it(case: str) -> None:
+    """The command that helps."""
+    decide, history, _ = CASES[case]
+    verdict = decide(history)
+    assert verdict is not None
+    assert re.search(r": qrapd (stop|restart|start|kill) web$", str(verdict.hint))
 
 
 def test_json_of_a_status_is_that_of_the_interface() -> None:

@@ -402,6 +402,44 @@ def test_a_network_in_args_and_a_link_exclude_each_other(option: str) -> None:
     assert [] == [*read(args).links]
 
 
+def test_a_link_that_is_no_list_hides_nothing() -> None:
+    """[link] for [[link]] is told, and so is what is wrong in it, and what does not go with a link."""
+    text = "[qemu]\nargs = ['-nic', 'user']\n[link]\nmca = 1\n[link.passt]\ntcp_ports = [0]"
+    problems = problems_of(text)
+    assert ["qemu.args[0]", "link", "link[0].mca", "link[0].passt.tcp_ports[0]"] == [
+        each.key for each in problems
+    ]
+    assert "write it as [[link]]" == problems[1].hint
+
+
+def test_a_link_that_is_no_list_is_told_alone_if_all_else_is_right() -> None:
+    """It is wrong all the same."""
+    assert "link" == problem_of("[link]\nmac = '52:54:00:12:34:56'").key
+
+
+def test_an_option_and_its_value_are_two_arguments() -> None:
+    """A line of a shell, copied whole, is told as what it is, with the words to write."""
+    problem = problem_of("[qemu]\nargs = ['-enable-kvm', '-m 1G  -smp 2']")
+    assert "qemu.args[1]" == problem.key
+    assert "several arguments in one" in problem.reason
+    assert "'-m 1G  -smp 2'" == problem.value
+    assert "give each its own quotes: '-m', '1G', '-smp', '2'" == problem.hint
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["-name", "my web server"],
+        ["-append", "-- -v verbose"],
+        ["--append", "--x y"],
+        ["-drive", "file=my disk.img"],
+    ],
+)
+def test_values_may_have_blanks(args: list[str]) -> None:
+    """A kernel's command line may even begin with a dash."""
+    assert args == read(f"[qemu]\nargs = {args}").qemu.args
+
+
 @pytest.mark.parametrize("option", ["-daemonize", "--daemonize"])
 def test_qemu_stays_in_the_foreground(option: str) -> None:
     """A daemon would leave qrapd without a child."""

@@ -32,6 +32,7 @@ def test_the_whole_show_in_a_pipe(tmp_path: Path) -> None:
     assert re.search(r"GET http://127.0.0.1:\d+/ says 200", ended.stdout)
     assert "Hello from guest" in ended.stdout
     assert "ended  request, QEMU's exit status 0" in ended.stdout
+    assert "demo --write web.toml" in ended.stdout.splitlines()[-1]
     assert [] == processes_with(str(tmp_path))
     assert [] == list((tmp_path / "run").iterdir())
 
@@ -119,3 +120,62 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     assert "passt ended at once" in ended.stderr
     assert "hint: see who has the port" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def demo_writes(file: Path) -> subprocess.CompletedProcess[str]:
+    """What `qrapd demo --write` does."""
+    command = [sys.executable, "-m", "qrapd", "demo", "--write", str(file)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+def test_a_file_for_the_guest(tmp_path: Path) -> None:
+    """What was written is fine, and still boots after it was moved, as to /etc/qrapd/vms; what to type is told."""
+    made, moved = tmp_path / "made", tmp_path / "moved"
+    made.mkdir()
+    written = demo_writes(made / "web.toml")
+    assert (0, "") == (written.returncode, written.stderr)
+    assert f"qrapd run {made}/web.toml" in written.stdout
+    made.rename(moved)
+    file = moved / "web.toml"
+    command = [sys.executable, "-m", "qrapd"]
+    checked = subprocess.run(
+        [*command, "check", str(file)], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (0, "") == (checked.returncode, checked.stderr)
+    assert f"{file}: fine (web: " in checked.stdout
+    port = re.search(r"curl http://127.0.0.1:(\d+)/", written.stdout)
+    assert port is not None
+    process = subprocess.Popen(
+        [*command, "run", str(file), "--runtime-dir", str(tmp_path / "run")],
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        assert "Hello from guest" in fetch(int(port[1]))
+        process.terminate()
+        assert 0 == process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert [] == processes_with(str(tmp_path))
+
+
+def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    """Nothing of a person's is written over, and nothing beside it."""
+    file = tmp_path / "web.toml"
+    file.write_text("mine")
+    written = demo_writes(file)
+    assert (2, "") == (written.returncode, written.stdout)
+    assert f"{file} is there already" in written.stderr
+    assert ("mine", [file]) == (file.read_text(), list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["Web.toml", "web.tml", "web"])
+def test_a_file_that_cannot_be_one_of_a_vm(tmp_path: Path, name: str) -> None:
+    """The agent would not take it."""
+    written = demo_writes(tmp_path / name)
+    assert 2 == written.returncode
+    assert "those are NAME.toml" in written.stderr
+    assert [] == list(tmp_path.iterdir())

@@ -409,6 +409,22 @@ def test_the_image_is_reproducible_and_built_once(tmp_path: Path, monkeypatch: p
     assert first.initramfs != build_guest(tmp_path / "one", say=said.append).initramfs
 
 
+def test_old_images_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache does not grow with each change of the guest: the last images stay, and what is no image."""
+    install_kernel(tmp_path, "6.9.1")
+    kernel = find_kernel(tmp_path, say=print, root=tmp_path)
+    monkeypatch.setattr("qrapd.guest.find_kernel", lambda _, **__: kernel)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "notes").touch()
+    old = [cache / f"initramfs-6.9.0-{number}.cpio" for number in range(8)]
+    for second, image in enumerate(old):
+        image.touch()
+        os.utime(image, (second, second))
+    made = build_guest(cache).initramfs
+    assert {made, *old[-4:], cache / "notes", cache / "lock"} == set(cache.iterdir())
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """The hint tells of the variable that moves it."""
     (tmp_path / "file").touch()

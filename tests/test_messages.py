@@ -20,8 +20,9 @@ BOUND = {
     "supervisor.py": {"vm"},
     "vm.py": {"vm"},
     "link.py": {"vm", "link"},
+    "link_events.py": {"vm", "link"},
     "connection.py": {"vm", "link"},
-    "native.py": {"vm", "link"},
+    "foreign_passt.py": {"vm", "link"},
     "vhost_user.py": {"vm", "link"},
 }
 
@@ -81,7 +82,9 @@ def test_the_search_finds_the_calls() -> None:
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.where}-{call.event}")
 def test_a_call_gives_the_fields_of_its_sentence_and_those_promised(call: Call) -> None:
     """No sentence shows a ?, and no query of a user's finds a field missing."""
-    in_text = {name for _, name, _, _ in string.Formatter().parse(EVENTS[call.event].text) if name}
+    kind = EVENTS[call.event]
+    in_text = {name for _, name, _, _ in string.Formatter().parse(kind.text) if name}
+    in_text.update(field for _, field in kind.also)
     assert set() == in_text - call.fields
     assert set() == PROMISED.get(call.event, set()) - call.fields
 
@@ -116,6 +119,31 @@ def test_output_events_exist() -> None:
         ),
         ("vm.exited", {"vm": "web"}, "web: ended: ?"),
         ("no.such", {"vm": "web"}, "web: no.such"),
+        (
+            "link.forwards",
+            {"vm": "web", "link": 0, "by": "swap", "tcp": ("127.0.0.1/2222:22", "8080:80"), "udp": []},
+            "web: link 0: forwards tcp 127.0.0.1/2222:22, 8080:80 and udp nothing from now on, by swap",
+        ),
+        (
+            "vm.reloaded",
+            {"vm": "web", "applied": ["link[0].passt.tcp_ports"], "links": [0], "needs_restart": []},
+            "web: the file was read again: applied link[0].passt.tcp_ports; another passt for link 0",
+        ),
+        (
+            "vm.reloaded",
+            {"vm": "web", "applied": [], "links": [], "needs_restart": ["qemu.args", "qemu.accel"]},
+            "web: the file was read again: a restart of the VM is needed for qemu.args, qemu.accel",
+        ),
+        (
+            "vm.reloaded",
+            {"vm": "web", "applied": [], "links": [], "needs_restart": []},
+            "web: the file was read again: nothing had changed",
+        ),
+        (
+            "agent.reloaded",
+            {"vms": 1, "changed": [], "started": ["nothing"]},
+            "the files were read again: started nothing",
+        ),
     ],
 )
 def test_headlines(event: str, fields: dict[str, object], expected: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qrapd.config import parse
-from qrapd.qemu_arguments import Endpoints, command_line
+from qrapd.qemu_arguments import Endpoints, command_line, disk_files
 
 
 def arguments(text: str, *, kvm: bool = False, endpoints: Endpoints | None = None) -> list[str]:
@@ -221,3 +221,25 @@ def test_the_installed_qemu_takes_the_devices() -> None:
     assert {"mac", "netdev", "mq", "vectors"} <= {
         line.strip().partition("=")[0] for line in told.splitlines()
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "path"),
+    [
+        ("-drive", "file=web.qcow2,if=virtio", "web.qcow2"),
+        ("--drive", "if=virtio,file=/a/b.img", "/a/b.img"),
+        ("-drive", "file=a,,b.img", "a,b.img"),
+        ("-drive", "driver=raw,file.filename=x.img", "x.img"),
+        ("-blockdev", "driver=file,filename=x.img,node-name=d", "x.img"),
+        ("-blockdev", "driver=qcow2,file.driver=file,file.filename=x.img", "x.img"),
+        ("-cdrom", "debian.iso", "debian.iso"),
+        ("-drive", "file=nbd:host:10809", None),
+        ("-drive", "if=none,id=profile=x", None),
+        ("-blockdev", "driver=qcow2,file=node", None),
+        ("-blockdev", '{"driver":"file","filename":"x"}', None),
+        ("-append", "file=x", None),
+    ],
+)
+def test_the_files_of_disks(option: str, value: str, path: str | None) -> None:
+    """As QEMU would open them; what is no plain file is none of them."""
+    assert ([] if path is None else [(2, path)]) == list(disk_files(["-nodefaults", option, value]))

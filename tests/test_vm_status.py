@@ -220,6 +220,22 @@ def test_why_it_failed() -> None:
     assert 1 == story.tracker.measures.failures
 
 
+def test_what_to_do_about_it() -> None:
+    """The hint goes with its error: not lost when that is told again, and not kept with another one."""
+    story = Story()
+    story.start()
+    assert None is story.tell("vm.exited", reason="failed", error="no disk").hint
+    assert "mend it" == story.tell("run.failed", error="no disk", hint="mend it").hint
+    story.tracker.note_failure("no disk", story.at)
+    assert "mend it" == story.tracker.status().hint
+    story.tracker.note_failure("no room", story.at)
+    assert None is story.tracker.status().hint
+    story.tracker.note_refusal("no file", story.at, "write one")
+    assert "write one" == story.tracker.status().hint
+    story.tracker.begin(story.at)
+    assert None is story.tracker.status().hint
+
+
 def test_a_long_error_is_cut() -> None:
     """What a passt writes must not fill the agent's memory."""
     story = Story()

@@ -132,8 +132,18 @@ def find_binary(name: str) -> str:
     found = shutil.which(name)
     if found is None:
         searched = os.environ.get("PATH", os.defpath)
-        raise Unavailable(f"{name} is not installed: looked in {searched}", hint=install_hint(name))
+        hint = _programs_of_package(name) or install_hint(name)
+        raise Unavailable(f"{name} is not installed: looked in {searched}", hint=hint)
     return found
+
+
+def _programs_of_package(name: str) -> str | None:
+    """Which programs are meant, where ``name`` is only that of a package: it may well be installed."""
+    for groups in _QEMU_GROUPS.values():
+        programs = [f"qemu-system-{target}" for target in groups.get(name, ())]
+        if programs and name not in programs:
+            return f"that is a package's name; its programs are {', '.join(programs)}"
+    return None
 
 
 def _checked_path(path: str) -> str:

@@ -203,7 +203,12 @@ def check(data: dict[str, Any], path: Path) -> VmConfiguration:
     :param path: where it is from: for messages, for the default name, and for relative paths.
     :raise ConfigurationError: with all problems that it has.
     """
-    problems = [*_check_as_a_whole(data)]
+    problems: list[Problem] = []
+    if isinstance(link := data.get("link"), dict):
+        # [link] for [[link]] is soon written; what else is wrong in it is told at once, too.
+        problems.append(Problem("link", "must be a list: [ ... ]", _show(link), "write it as [[link]]"))
+        data = data | {"link": [link]}
+    problems += _check_as_a_whole(data)
     file = None
     try:
         file = VmFile.model_validate(data)
@@ -334,6 +339,14 @@ def _check_args(args: list[object], has_links: bool, accel: object) -> Iterator[
                 f"qemu.args[{index}]",
                 "would take QEMU out of qrapd's hands",
                 hint="remove it; to run in the background, run qrapd there (systemd, or your shell's &)",
+            )
+        # No option of QEMU's has a blank in its name; of values, the kernel's command line alone may look like this.
+        if name and " " in name and (index == 0 or option_name(args[index - 1]) != "-append"):
+            words = ", ".join(map(toml_text, str(argument).split()))
+            yield Problem(
+                f"qemu.args[{index}]",
+                "is several arguments in one, which QEMU takes for the name of an option",
+                hint=f"give each its own quotes: {words}",
             )
 
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -21,15 +24,16 @@ from rich.console import Console
 from rich.text import Text
 
 from qrapd import binaries, plan, vm_files
-from qrapd.errors import ExitStatus, QemuFailed
+from qrapd.config import NAME_PATTERN
+from qrapd.errors import ExitStatus, QemuFailed, UsageError
 from qrapd.foreground import supervise
-from qrapd.guest import GuestImage, build_guest, default_cache
+from qrapd.guest import build_guest, default_cache
 from qrapd.lifecycle import Reason
 from qrapd.logs import Emit, LogFormat, Logs
 from qrapd.plan import Plan
 from qrapd.vm import Vm
 
-__all__ = ["show"]
+__all__ = ["show", "write"]
 
 BOOT_TIMEOUT = 180.0
 """Seconds for the guest to boot and answer: 2 to 5 on an idle machine without KVM (measured)."""
@@ -50,7 +54,7 @@ def show(*, stay: bool, port: int | None, base: Path | None, log_format: LogForm
     with tempfile.TemporaryDirectory(prefix="qrapd-demo-") as scratch:
         file = Path(scratch) / "demo.toml"
         port = port or _free_port()
-        file.write_text(_vm_file(guest, port))
+        file.write_text(_vm_file(guest.kernel, guest.initramfs, guest.command_line, port))
         made = plan.resolve(vm_files.read(file))
         say("guest", f"Linux {guest.version} and busybox, {_MEMORY}, {_accelerator(made)}")
         with Logs(log_format, log_level) as logs:
@@ -60,11 +64,37 @@ def show(*, stay: bool, port: int | None, base: Path | None, log_format: LogForm
     if visit.error is not None:
         raise visit.error
     say("done", "no process, socket or file is left")
+    say("next", f"{_own_name()} demo --write web.toml   # a VM's file for this guest, to try everything with")
     if visit.completed:
         return ExitStatus.OK
     if outcome.reason is Reason.REQUEST:  # Ctrl-C
         return ExitStatus.FAILED
     raise visit.premature_end()
+
+
+def write(file: Path, port: int | None) -> None:
+    """Write a VM's file for the demonstration's guest, and beside it what it boots, so that it can be kept or moved.
+
+    :raise QrapdError: something that it needs is missing, or the file cannot be one of a VM, or is there already.
+    """
+    if file.suffix != ".toml" or not re.fullmatch(NAME_PATTERN, file.stem):
+        raise UsageError(
+            f"{file} cannot be a VM's file: those are NAME.toml, with a to z, 0 to 9 and - in NAME"
+        )
+    if file.exists():
+        raise UsageError(f"{file} is there already", hint="name another file; this one stays as it is")
+    say = partial(_line, _Console(highlight=False))
+    guest = build_guest(default_cache(), say=lambda line: say("preparing", line))
+    port = port or _free_port()
+    kernel, initramfs = file.with_suffix(".demo-kernel"), file.with_suffix(".demo-initramfs")
+    shutil.copyfile(guest.kernel, kernel)
+    shutil.copyfile(guest.initramfs, initramfs)
+    with file.open("x") as new:
+        new.write(_vm_file(Path(kernel.name), Path(initramfs.name), guest.command_line, port))
+    say("written", f"{file}, and what it boots: {kernel.name}, {initramfs.name}")
+    say("next", f"{_own_name()} check {shlex.quote(str(file))}")
+    say("", f"{_own_name()} run {shlex.quote(str(file))}")
+    say("", f"curl http://127.0.0.1:{port}/   # once it says ready, in another terminal")
 
 
 class _Console(Console):
@@ -216,15 +246,22 @@ def _get(port: int) -> tuple[int, str]:
         connection.close()
 
 
-def _vm_file(guest: GuestImage, port: int) -> str:
+def _own_name() -> str:
+    """What a person types to call us: the whole path only where the name alone is not found."""
+    called = sys.argv[0]
+    return called if Path(called).name == "qrapd" and shutil.which("qrapd") is None else "qrapd"
+
+
+def _vm_file(kernel: Path, initramfs: Path, command_line: str, port: int) -> str:
     """The demonstration's own VM file. A JSON string is a TOML string, too."""
-    args = [
-        *("-machine", "q35", "-m", _MEMORY, "-no-reboot"),
-        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", guest.command_line),
-    ]
     return f"""\
 [qemu]
-args = {json.dumps(args)}
+args = [
+  "-machine", "q35", "-m", "{_MEMORY}", "-no-reboot",
+  "-kernel", {json.dumps(str(kernel))},
+  "-initrd", {json.dumps(str(initramfs))},
+  "-append", {json.dumps(command_line)},
+]
 powerdown_timeout = 20
 
 [[link]]

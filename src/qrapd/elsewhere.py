@@ -113,6 +113,7 @@ def describe(
     state: str,
     error: str,
     *,
+    hint: str | None = None,
     links_are_true: bool = False,
 ) -> dict[str, Any]:
     """A VM's status, in the form of the API's answers.
@@ -131,6 +132,7 @@ def describe(
         "restarts": 0,
         "links": [_link(each, runs=runs, is_true=links_are_true) for each in found.links] if found else [],
         "error": error,
+        "hint": hint,
     }
 
 

@@ -23,6 +23,8 @@ class EventKind:
     level: Level
     message_id: str
     text: str
+    also: tuple[tuple[str, str], ...] = ()
+    """what follows ``text`` where that list has something in it: the words before the list, and the field"""
 
 
 EVENTS: Mapping[str, EventKind] = {
@@ -47,8 +49,12 @@ EVENTS: Mapping[str, EventKind] = {
     "vm.reloaded": EventKind(
         "info",
         "739aeca561dd45e68af93352bd95821f",
-        "the file was read again: applied {applied}; another passt for the links {links}; "
-        "needing a restart of the VM {needs_restart}",
+        "the file was read again",
+        (
+            ("applied", "applied"),
+            ("another passt for link", "links"),
+            ("a restart of the VM is needed for", "needs_restart"),
+        ),
     ),
     "vm.reload_refused": EventKind(
         "warning",
@@ -75,7 +81,7 @@ EVENTS: Mapping[str, EventKind] = {
         "back after {outage_ms} ms on another passt (pid {passt_pid}), generation {generation}",
     ),
     "link.forwards": EventKind(
-        "info", "114a47e1d58940cd9b12a62dc6c3223a", "forwards tcp {tcp} and udp {udp} from now on (by {by})"
+        "info", "114a47e1d58940cd9b12a62dc6c3223a", "forwards tcp {tcp} and udp {udp} from now on, by {by}"
     ),
     "link.failed": EventKind(
         "error",
@@ -105,7 +111,8 @@ EVENTS: Mapping[str, EventKind] = {
     "agent.reloaded": EventKind(
         "info",
         "6cd556d6ee2749b68fb856c5af963699",
-        "the files were read again: changed {changed}, started {started}",
+        "the files were read again",
+        (("changed", "changed"), ("started", "started")),
     ),
     "agent.stopping": EventKind(
         "info", "bf1dd24d32384799b46980626728fd6a", "the agent stops ({how}), with {vms} VMs running"
@@ -124,8 +131,13 @@ OUTPUT_EVENTS = frozenset({"guest.console", "passt.output", "qemu.output"})
 
 
 class _Fields(dict[str, object]):
-    def __missing__(self, key: str) -> str:
-        return "?"
+    """An event's fields, as a sentence has them: a list without the brackets and quotes of Python's."""
+
+    def __getitem__(self, key: str) -> object:
+        value = self.get(key, "?")
+        if isinstance(value, list | tuple):
+            return ", ".join(map(str, value)) or "nothing"
+        return value
 
 
 def sentence(event: str, fields: Mapping[str, object]) -> str:
@@ -133,7 +145,12 @@ def sentence(event: str, fields: Mapping[str, object]) -> str:
     kind = EVENTS.get(event)
     if kind is None:
         return event
-    return kind.text.format_map(_Fields(fields))
+    words = _Fields(fields)
+    text = kind.text.format_map(words)
+    if kind.also:
+        told = [f"{before} {words[field]}" for before, field in kind.also if fields.get(field)]
+        text += f": {'; '.join(told) or 'nothing had changed'}"
+    return text
 
 
 def headline(event: str, fields: Mapping[str, object]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -176,15 +177,40 @@ def _connect_to(path: str) -> socket.socket:
     return connection
 
 
+_SEE_DOCTOR = "see what is in KVM's way with `qrapd doctor`, or let QEMU emulate the processor (tcg)"
+
+
+def _tell_of_permission(words: str) -> str:
+    import pwd  # only here: most QEMUs may read their files
+
+    uid = os.geteuid()
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    if "'/home/" in words and not os.access("/home", os.X_OK):  # ProtectHome=
+        return 'the unit does not see /home: move the file, or see "Images elsewhere" in docs/systemd.md'
+    return (
+        f"QEMU runs as user {user}, who has to own the file (chown {user} FILE, or install -o {user}) and be let "
+        "into the directories above it"
+    )
+
+
 def _suggest(words: str, status: ExitStatus, plan: Plan) -> str | None:
     # QEMU begins its lines with its own name, which may be `kvm`.
     words = words.replace(f"{Path(plan.qemu).name}: ", "")
+    if (
+        "KVM kernel module" in words or "failed to initialize kvm" in words
+    ):  # whatever QEMU gives for the reason
+        return _SEE_DOCTOR
+    if "Permission denied" in words:
+        return _tell_of_permission(words)
     if "No such file" in words or "could not load kernel" in words or "Could not open" in words:
         return f"correct the path in QEMU's arguments: relative ones start at {plan.directory}"
     if "lock" in words:
         return "another QEMU has this disk open: see who it is with `fuser -v FILE`"
     if "KVM" in words or "kvm" in words:
-        return "see what is in KVM's way with `qrapd doctor`, or let QEMU emulate the processor (tcg)"
+        return _SEE_DOCTOR
     if "option group 'sandbox'" in words or "seccomp" in words:
         return "this kernel or container allows no filter of system calls: write sandbox = false in [qemu]"
     if status.signal == signal.SIGSYS:

@@ -12,6 +12,7 @@ hub.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from qrapd.guest_memory import shared_memory
 from qrapd.hub_mtu import device_property
 from qrapd.link_modes import native_netdev, nic_netdev_id, vhost_user_netdev
 
-__all__ = ["FIRST_GENERATION", "Endpoints", "command_line", "monitor", "nic_id", "sandbox", "stream_ids"]
+__all__ = [
+    "FIRST_GENERATION",
+    "Endpoints",
+    "command_line",
+    "disk_files",
+    "monitor",
+    "nic_id",
+    "sandbox",
+    "stream_ids",
+]
 
 FIRST_GENERATION = 1
 
@@ -168,6 +178,24 @@ def _netdev_starts_programs(value: str) -> bool:
             return len(without) < 2 and re.search(r'\bfds?"?\s*[=:]', value) is None
         case _:
             return re.search(r"\bsmb\b|\bcmd:", value) is not None  # of type user
+
+
+_FILE_OF_A_DISK = {
+    "-drive": r"(?:^|,)file(?:\.filename)?=((?:[^,]|,,)+)",
+    "-blockdev": r"(?:^|,)(?:file\.)?filename=((?:[^,]|,,)+)",
+    **dict.fromkeys(("-hda", "-hdb", "-hdc", "-hdd", "-cdrom"), r"(.+)"),
+}
+
+
+def disk_files(args: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The files of disks that QEMU's arguments name: the index of the argument, and the path.
+
+    What is no plain file is left out: ``nbd:host:1``, ``json:{...}``, ``-blockdev`` as JSON.
+    """
+    for index, (option, value) in enumerate(itertools.pairwise(args), start=1):
+        match = re.search(_FILE_OF_A_DISK.get(option_name(option) or "", "(?!)"), value)
+        if match and not re.match(r"[A-Za-z0-9+_-]+:", match[1]) and not value.startswith("{"):
+            yield index, match[1].replace(",,", ",")
 
 
 def monitor(name: str, fd: int | str) -> Iterator[str]:

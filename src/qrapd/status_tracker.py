@@ -2,7 +2,7 @@
 """How a VM is, made out of the events that it tells: one tracker for each VM, fed with all of them.
 
 It takes every event as it comes, in any order, and always has a valid answer: what others look at must not be what
-ends a VM. What it keeps is bounded: numbers, and one error for the VM and for each link.
+ends a VM. What it keeps is bounded: numbers, one error for the VM and for each link, and one hint.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ class StatusTracker:
         self._restarts = 0
         self._failures = 0
         self._error: str | None = None
+        self._hint: str | None = None
+        self._is_refused = False
         self._links: dict[int, _Link] = {}
         self.set_links(links)
 
@@ -134,7 +136,8 @@ class StatusTracker:
         """A start has been asked for, maybe by a file that has other links now."""
         if links is not None:
             self.set_links(links)
-        self._error = None
+        self._error = self._hint = None
+        self._is_refused = False
         self._begin_at(at, self._clock())
 
     def set_links(self, links: Iterable[tuple[int, Mode]]) -> None:
@@ -146,10 +149,23 @@ class StatusTracker:
         if self._ended:
             self._end_links()
 
-    def note_failure(self, error: str, at: datetime) -> None:
+    def note_failure(self, error: str, at: datetime, hint: str | None = None) -> None:
         """It runs no more, and why; after the last event, which need not have been ``vm.exited``."""
         self._end("failed", at)
-        self._error = _cut(error)
+        self._note_error(error, hint)
+
+    def note_refusal(self, error: str, at: datetime, hint: str | None = None) -> None:
+        """Its file is wrong, so that it could not be started. Nothing of it has ended by that."""
+        self._is_refused = True
+        self._turn("failed", at)
+        self._note_error(error, hint)
+
+    def note_acceptance(self, at: datetime) -> None:
+        """Its file is right."""
+        if self._is_refused and self._state == "failed":
+            self._turn("exited", at)
+            self._error = self._hint = None
+        self._is_refused = False
 
     def note_end(self, at: datetime) -> None:
         """Nothing of it runs any more, and that is as it was wanted: a stop between two starts tells no event."""
@@ -175,14 +191,15 @@ class StatusTracker:
                 self._turn("stopping", at)
             case "vm.exited":
                 self._end("failed" if fields.get("reason") in _FAILURES else "exited", at)
-                self._error = _cut(fields.get("error"))
+                self._note_error(fields.get("error"), fields.get("hint"))
             case "vm.restarting":
                 self._restarts += 1
-                self._error = _cut(fields.get("error"))
+                self._note_error(fields.get("error"), fields.get("hint"))
                 # The delay is no part of the start.
                 self._begin_at(at, self._clock() + (_amount(fields.get("delay_ms")) or 0.0) / 1000)
             case "run.failed":
-                self.note_failure(str(fields.get("error")), at)
+                self._end("failed", at)
+                self._note_error(str(fields.get("error")), fields.get("hint"))
             case "passt.exited":
                 for link in self._links.values():
                     if link.passt_pid is not None and link.passt_pid == fields.get("pid"):
@@ -192,7 +209,7 @@ class StatusTracker:
         if self._ended:
             self._begin_at(at, None)
         self._qemu_pid = _number(fields.get("qemu_pid"))
-        self._error = None
+        self._error = self._hint = None
         if event == "vm.adopted":
             # Those that are to be healed say so next.
             generations, pids = fields.get("generations"), fields.get("passt_pids")
@@ -204,6 +221,12 @@ class StatusTracker:
             self.start_seconds = max(0.0, self._clock() - self._began)
         self._began = None
         self._turn("degraded" if self._lacks_a_link else "ready", at)
+
+    def _note_error(self, error: object, hint: object) -> None:
+        text = _cut(error)
+        # The same may be told twice, by an event and by whoever ran it: the hint is not lost by that.
+        known = self._hint if text == self._error else None
+        self._error, self._hint = text, None if text is None else _cut(hint) or known
 
     def _note_link(self, event: str, fields: Mapping[str, object], at: datetime) -> None:
         index = _number(fields.get("link"))
@@ -310,6 +333,7 @@ class StatusTracker:
             restarts=self._restarts,
             links=links,
             error=self._error,
+            hint=self._hint,
         )
 
     @property

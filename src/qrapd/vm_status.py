@@ -46,3 +46,4 @@ class VmStatus(_Model):
     restarts: int = Field(0, ge=0, description="by its supervisor, since that has had the VM")
     links: list[LinkStatus] = []
     error: str | None = Field(None, description="why it failed, or what its last attempt ran into")
+    hint: str | None = Field(None, description="what to do about the error, where that is known")

@@ -14,6 +14,9 @@ from qrapd.runtime_directory import VmDirectory
 
 __all__ = ["Places", "is_agent", "is_name", "look", "origin_of"]
 
+SYSTEM = Path("/run/qrapd")
+"""The runtime directory of the system's units."""
+
 _NAME = re.compile(r"[a-z0-9-]{1,63}")
 
 
@@ -44,9 +47,22 @@ class Places:
         :raise OSError: it may not be read.
         """
         try:
-            return sorted(each.name for each in self.base.iterdir() if is_name(each.name) and each.is_dir())
+            return sorted(
+                each.name for each in self.base.iterdir() if is_name(each.name) and _may_have_one(each)
+            )
         except FileNotFoundError:
             return []
+
+
+def _may_have_one(directory: Path) -> bool:
+    """Whether there may be a VM: a start that has failed may leave its directory, with no more than a free lock."""
+    try:
+        bare = {each.name for each in directory.iterdir()} <= {"lock"}
+        return not bare or VmDirectory(directory.parent, directory.name).glance() is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # another user's: nobody can tell
 
 
 def look(base: Path, name: str, *, silent: bool = False) -> dict[str, Any] | None:
@@ -64,7 +80,20 @@ def look(base: Path, name: str, *, silent: bool = False) -> dict[str, Any] | Non
     if pid is None and found is None:
         return None
     left = "" if found and found.qemu.alive else "is gone, too"
-    return describe(directory, pid, found, *_judge(pid, left, silent=silent))
+    status = describe(directory, pid, found, *_judge(pid, left, silent=silent))
+    if pid is None and not left:
+        status["hint"] = _who_takes_over(base, name, status["origin"])
+    return status
+
+
+def _who_takes_over(base: Path, name: str, origin: str) -> str:
+    """What to do about a VM that its supervisor has left."""
+    systemctl = "systemctl start" if base == SYSTEM else "systemctl --user start"
+    way = {
+        "agent": f"start the agent: `{systemctl} qrapd-agent`, or `qrapd agent`",
+        "unit": f"start its unit: `{systemctl} qrapd@{name}`",
+    }.get(origin, "run its file again: `qrapd run`")
+    return f"to have it looked after, {way}; to end it: `qrapd stop {name}`"
 
 
 def _judge(pid: int | None, left: str, *, silent: bool) -> tuple[str, str]:

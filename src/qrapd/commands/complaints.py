@@ -11,22 +11,29 @@ import sys
 import click
 
 from qrapd import __version__
-from qrapd.errors import ConfigurationError, ExitStatus, QrapdError, Unavailable
+from qrapd.errors import ConfigurationError, ExitStatus, Problem, QrapdError, Unavailable
 
-__all__ = ["complain", "report_bug", "root_cause", "tell_of_host"]
+__all__ = ["complain", "report_bug", "root_cause", "tell_of_host", "warn"]
 
 
 def complain(error: QrapdError) -> None:
     """Say what is wrong, and what to do about it."""
     if isinstance(error, ConfigurationError):
         for problem in error.problems:
-            click.echo(f"{error.path}: {problem}", err=True)
-            if problem.hint:
-                click.echo(f"  hint: {problem.hint}", err=True)
+            _say(f"{error.path}: {problem}", problem.hint)
         return
-    click.echo(f"qrapd: {error.message}", err=True)
-    if error.hint:
-        click.echo(f"  hint: {error.hint}", err=True)
+    _say(f"qrapd: {error.message}", error.hint)
+
+
+def warn(path: str, problem: Problem) -> None:
+    """Say what may be wrong with a VM's file, though it can be run."""
+    _say(f"{path}: warning: {problem}", problem.hint)
+
+
+def _say(words: str, hint: str | None) -> None:
+    click.echo(words, err=True)
+    if hint:
+        click.echo(f"  hint: {hint}", err=True)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qrapd.commands.complaints import complain
+from qrapd.commands.complaints import complain, warn
 from qrapd.commands.options import common_options, file_argument, json_option, read_plan
-from qrapd.errors import ExitStatus, QrapdError
+from qrapd.errors import ExitStatus, Problem, QrapdError
 
 if TYPE_CHECKING:
     from qrapd.plan import Plan
@@ -34,6 +35,8 @@ def check(files: tuple[str, ...], **_: object) -> int:
             worst = worst or error.exit_status
         else:
             click.echo(f"{file}: fine ({_summary(plan)})")
+            for doubt in _doubts(plan):
+                warn(file, doubt)
     return worst
 
 
@@ -91,7 +94,60 @@ def schema(**_: object) -> None:
 def _summary(plan: Plan) -> str:
     links = len(plan.links)
     network = "no network" if links == 0 else "1 link" if links == 1 else f"{links} links"
-    return f"{plan.name}: {Path(plan.qemu).name}, {'KVM' if plan.kvm else 'no KVM'}, {network}"
+    return f"{plan.name}: {Path(plan.qemu).name}, {_accelerator(plan)}, {network}"
+
+
+def _accelerator(plan: Plan) -> str:
+    from qrapd.config import chooses_accelerator
+
+    assert plan.file is not None
+    accel = plan.file.qemu.accel
+    if accel == "args" or chooses_accelerator(plan.file.qemu.args):
+        return "the accelerator of its args"
+    return "KVM" if plan.kvm or accel == "kvm" else "no KVM"
+
+
+def _doubts(plan: Plan) -> Iterator[Problem]:
+    """What is likely a mistake, but may be none, or none any more when the VM starts."""
+    from qrapd import binaries
+    from qrapd.passt_options import toml_text
+    from qrapd.qemu_arguments import disk_files
+
+    assert plan.file is not None
+    assert plan.path is not None
+    if plan.path.name != f"{plan.name}.toml":
+        yield Problem(
+            "name",
+            "is not the file's own, by which the agent and the unit qrapd@ know a VM",
+            value=toml_text(plan.name),
+            hint=f"for them, name the file {plan.name}.toml",
+        )
+    if plan.file.qemu.accel == "kvm":
+        works, reason = binaries.kvm_works(binaries.guest_architecture(plan.qemu))
+        if not works:
+            yield Problem(
+                "qemu.accel",
+                f"KVM cannot work here: {reason}",
+                hint="accel = 'auto' takes KVM only where it works",
+            )
+    for index, path in disk_files(plan.file.qemu.args):
+        if _is_missing(plan.directory / path):
+            yield Problem(
+                f"qemu.args[{index}]",
+                "names a disk's file that is not there",
+                value=toml_text(str(plan.directory / path)),
+                hint=f"make it, or correct the path: relative ones start at {plan.directory}",
+            )
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # whether it is there, this user may not know
+    return False
 
 
 def _wrapped(argv: list[str]) -> str:

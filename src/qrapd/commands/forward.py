@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import click
 
 from qrapd.commands.options import client_options, json_option, name_argument, places
 from qrapd.commands.tables import in_terminal, show_rows
-from qrapd.errors import Conflict, ExitStatus
+from qrapd.errors import ConfigurationError, Conflict, ExitStatus, QrapdError, UsageError
 
 if TYPE_CHECKING:
     from qrapd.client.http import Client, Status
@@ -65,6 +66,7 @@ def _change(how: str, help_text: str) -> Callable[..., int]:
         from qrapd.commands.control import choose_link
 
         where = places(runtime_dir, socket)
+        _check(ports)
         forwards = [("udp" if udp else "tcp", each) for each in ports]
         answer: dict[str, Any] = {}
         chosen = index or 0
@@ -72,7 +74,10 @@ def _change(how: str, help_text: str) -> Callable[..., int]:
         async def begin(client: Client) -> Status:
             nonlocal chosen
             chosen = choose_link(await client.vm(name), index)
-            answer.update(await client.change_forwards(name, chosen, **{how: forwards}))
+            try:
+                answer.update(await client.change_forwards(name, chosen, **{how: forwards}))
+            except ConfigurationError as error:
+                raise _of_forwards(ports, error) from None
             return await client.vm(name)
 
         asked = Request(
@@ -91,6 +96,28 @@ def _change(how: str, help_text: str) -> Callable[..., int]:
         return _tell(name, chosen, answer, ended, as_json=as_json)
 
     return change
+
+
+def _check(ports: Sequence[str]) -> None:
+    """:raise UsageError: these are no ports in passt's words."""
+    from qrapd.ports import parse_ports
+
+    for each in ports:
+        try:
+            parse_ports(each)
+        except ValueError as error:
+            raise UsageError(f"{each}: {error}") from None
+        if each == "none":
+            raise UsageError("none: is no port")
+
+
+def _of_forwards(ports: Sequence[str], error: ConfigurationError) -> QrapdError:
+    """What is wrong of other forwards, which their host looks at as at a file's: no file has them."""
+    reasons = [
+        re.sub(r"\blink\[(\d+)\]\.[\w.]+(\[\d+\])?", r"link \1", each.reason) for each in error.problems
+    ]
+    hint = next((each.hint for each in error.problems if each.hint), None)
+    return Conflict(f"{' '.join(ports)}: {'; '.join(reasons)}", hint=hint)
 
 
 def _done(_status: Status) -> Any:

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +21,8 @@ from qrapd.commands.options import (
     json_option,
     pattern_option,
 )
-from qrapd.errors import ExitStatus
+from qrapd.commands.tables import aligned, show_rows
+from qrapd.errors import ExitStatus, QrapdError, Unknown
 
 if TYPE_CHECKING:
     from qrapd.doctor import Finding
@@ -47,13 +52,27 @@ def doctor(as_json: bool, runtime_dir: Path | None, **_: object) -> int:
 @click.command()
 @click.option("--stay", is_flag=True, help="Leave the guest running until Ctrl-C, and tell how to reach it.")
 @click.option("--port", type=click.IntRange(1024, 65535), help="Host port to forward.  [default: a free one]")
+@click.option(
+    "--write",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Run nothing: write a VM's file for that guest, to try the other commands with.",
+)
 @common_options
 def demo(
-    stay: bool, port: int | None, runtime_dir: Path | None, log_format: LogFormat, log_level: str
+    stay: bool,
+    port: int | None,
+    file: Path | None,
+    runtime_dir: Path | None,
+    log_format: LogFormat,
+    log_level: str,
 ) -> int:
     """Build a tiny guest, run it, fetch a page from it, kill its passt, fetch the page again, and stop it."""
-    from qrapd.demo import show
+    from qrapd.demo import show, write
 
+    if file is not None:
+        write(file, port)
+        return ExitStatus.OK
     return show(stay=stay, port=port, base=runtime_dir, log_format=log_format, log_level=log_level)
 
 
@@ -87,12 +106,25 @@ def probe(pattern: str, ask_all: bool, allow_uid: tuple[int, ...], as_json: bool
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("name")
-@click.argument("options", metavar="[JOURNALCTL_OPTION]...", nargs=-1, type=click.UNPROCESSED)
-def logs(name: str, options: tuple[str, ...]) -> None:
+@click.argument("words", metavar="NAME [JOURNALCTL_OPTION]...", nargs=-1, type=click.UNPROCESSED)
+@common_options
+def logs(words: tuple[str, ...], runtime_dir: Path | None, **_: object) -> None:
     """Show a VM's log from the journal: qrapd's, passt's, QEMU's and the guest's lines. -f follows it."""
     from qrapd.binaries import find_binary
+    from qrapd.client.places import is_name
+    from qrapd.commands.complaints import complain
 
+    name, options = name_among(words)
+    if name is None:
+        raise click.UsageError("Missing argument 'NAME'.")
+    if not is_name(name):
+        raise click.BadParameter(
+            f"{name!r} is no VM's name: those have a to z, 0 to 9 and -, and 63 at most", param_hint="'NAME'"
+        )
+    if not _is_known(name, runtime_dir):
+        # What the journal has of one that was removed is shown all the same.
+        hint = "`qrapd ps` lists those that run"
+        complain(Unknown(f"there is no VM {name} here, and no file of one", hint=hint))
     # What systemd says of the unit, too, which has no field of ours: the system's, and this user's own (journalctl(1)).
     unit = f"qrapd@{name}.service"
     wanted = [f"QRAPD_VM={name}", "+", f"UNIT={unit}", "+", f"USER_UNIT={unit}", f"_UID={os.geteuid()}"]
@@ -100,7 +132,73 @@ def logs(name: str, options: tuple[str, ...]) -> None:
     os.execv(command[0], command)  # noqa: S606 (no shell, as always)
 
 
+_TAKE_A_VALUE = {
+    *"MDScUutpgoF",
+    *(
+        "machine",
+        "directory",
+        "file",
+        "root",
+        "image",
+        "namespace",
+        "since",
+        "until",
+        "cursor",
+        "after-cursor",
+    ),
+    *("cursor-file", "unit", "user-unit", "identifier", "priority", "facility", "grep", "output", "field"),
+    *("output-fields", "interval", "verify-key", "vacuum-size", "vacuum-files", "vacuum-time"),
+}
+"""journalctl's options whose value may be the next word (`journalctl --help` of systemd 252)."""
+
+_MAY_TAKE_A_NUMBER = {"n", "lines", "b", "boot"}
+"""... if that looks like a number or, for ``-b``, like a boot's id."""
+
+
+def name_among(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The VM's name, which is the first word that is neither an option nor an option's value; and all other words."""
+    option = ""
+    for place, word in enumerate(words):
+        is_value = option in _TAKE_A_VALUE or (
+            option in _MAY_TAKE_A_NUMBER and re.fullmatch(r"[+-]?\d+|[0-9a-f]{32}|all", word)
+        )
+        if is_value:
+            option = ""
+        elif word.startswith("--"):
+            option = word[2:]
+        elif word.startswith("-"):
+            # Of letters in one word the first that takes a value takes the rest, or where there is none the next word.
+            option = next((each for each in word[1:] if each in _TAKE_A_VALUE | _MAY_TAKE_A_NUMBER), "")
+            option = option if word.endswith(option) else ""
+        else:
+            return word, [*words[:place], *words[place + 1 :]]
+    return None, [*words]
+
+
+def _is_known(name: str, runtime_dir: Path | None) -> bool:
+    """Whether there is anything of such a VM: this user's, or the system's."""
+    from qrapd import vm_files
+
+    uid = os.geteuid()
+    places = [Path("/run/qrapd", name)]
+    places += [vm_files.directory(os.environ, each) / f"{name}.toml" for each in {0, uid}]
+    with contextlib.suppress(QrapdError):  # a user without a session
+        places.append(base_directory(runtime_dir) / name)
+    try:
+        return any(place.exists() for place in places)
+    except OSError:
+        return True  # it cannot be told
+
+
 def _show_findings(findings: list[Finding]) -> None:
+    if not sys.stdout.isatty():
+        rows = [
+            (each.status, each.subject, each.found + (f" → {each.remedy}" if each.remedy else ""))
+            for each in findings
+        ]
+        for line in aligned(rows):
+            click.echo(line)
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -128,17 +226,13 @@ def _candidate_as_json(candidate: Candidate) -> dict[str, object]:
 
 
 def _show_candidates(found: list[Candidate], pattern: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     if not found:
         click.echo(f"no sockets {pattern.replace('{n}', '*')}")
         return
-    table = Table("socket", "state", "answered in", "pid", "user", "remark", box=None, pad_edge=False)
+    rows = []
     for each in found:
-        latency = "" if each.latency is None else f"{each.latency * 1000:.1f} ms"
-        numbers = ("" if number is None else str(number) for number in (each.pid, each.uid))
-        table.add_row(each.path, each.state.value, latency, *numbers, each.detail)
-    console = Console()
-    # Whoever searches the lines of a pipe wants them whole.
-    console.print(table, width=None if console.is_terminal else 1000)
+        latency = "-" if each.latency is None else f"{each.latency * 1000:.1f} ms"
+        numbers = ("-" if number is None else str(number) for number in (each.pid, each.uid))
+        rows.append((each.path, each.state.value, latency, *numbers, each.detail))
+    heads = ("socket", "state", "answered in", "pid", "user", "remark")
+    show_rows(heads, rows, spare=("answered in", "user", "pid"))

@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qrapd.commands.options import client_options, json_option, places
 from qrapd.commands.tables import in_terminal, show_rows, since
-from qrapd.errors import ExitStatus
+from qrapd.errors import ExitStatus, Unavailable
+
+if TYPE_CHECKING:
+    from qrapd.client.places import Places
 
 __all__ = ["ps"]
+
+SPARE = ("restarts", "outages", "origin", "links", "qemu", "for")
+"""Columns that a narrow terminal goes without, the first one first."""
 
 
 @click.command()
@@ -37,19 +44,41 @@ def ps(as_json: bool, timeout: float, runtime_dir: Path | None, socket: Path | N
     from qrapd.commands.asking import progress, run
     from qrapd.commands.complaints import complain
 
-    where = places(runtime_dir, socket)
+    by_default = runtime_dir is None and socket is None
+    try:
+        where = places(runtime_dir, socket)
+    except Unavailable as error:
+        # A user without a session has no runtime directory, and may ask the agent all the same.
+        raise Unavailable(error.message, hint=_hosts_agent(None) or error.hint) from None
     with progress("asking…", delay=0.5):
         found = run(lambda: survey(where, timeout=timeout))
     if as_json:
         click.echo(json.dumps(found.vms, indent=2, ensure_ascii=False))
     else:
         heads = ("name", "state", "for", "origin", "qemu", "links", "outages", "restarts", "remark")
-        show_rows(heads, [row(each) for each in found.vms])
-        if not found.vms and not found.problems and in_terminal():
-            click.echo(f"no VM runs here, as far as {where.socket or where.base} tells", err=True)
+        show_rows(heads, [row(each) for each in found.vms], spare=SPARE)
+        if not found.vms and not found.problems:
+            hint = _hosts_agent(where) if by_default else None
+            if hint or in_terminal():
+                click.echo(f"no VM runs here, as far as {where.socket or where.base} tells", err=True)
+            if hint:
+                click.echo(f"  hint: {hint}", err=True)
     for problem in found.problems:
         complain(problem)
     return ExitStatus.UNAVAILABLE if found.problems else ExitStatus.OK
+
+
+def _hosts_agent(where: Places | None) -> str | None:
+    """How to ask this host's agent, for who has not. Its VMs are not shown unasked: no other command would find them.
+
+    :param where: what has been asked; None: nobody.
+    """
+    from qrapd.commands.asking import HOSTS_AGENT
+
+    with contextlib.suppress(OSError):
+        if (where is None or where.base != HOSTS_AGENT.parent) and HOSTS_AGENT.exists():
+            return f"this host's agent is asked by: --socket {HOSTS_AGENT}, or QRAPD_SOCKET={HOSTS_AGENT}"
+    return None
 
 
 def row(vm: dict[str, Any]) -> tuple[str, ...]:

@@ -152,14 +152,16 @@ def _check_name(_context: click.Context, _argument: click.Parameter, name: str |
 
 def name_argument(*, required: bool = True) -> Callable[[Command], Command]:
     """A VM's name, as `qrapd ps` shows it."""
+    metavar = "NAME" if required else "[NAME]"
     return click.argument(
-        "name", required=required, metavar="NAME", callback=_check_name, shell_complete=_complete_name
+        "name", required=required, metavar=metavar, callback=_check_name, shell_complete=_complete_name
     )
 
 
 def file_argument(*, required: bool = True) -> Callable[[Command], Command]:
     """A VM's file, or the name of one in the directory of VM files."""
-    return click.argument("file", required=required, metavar="FILE|NAME", shell_complete=_complete_file)
+    metavar = "FILE|NAME" if required else "[FILE|NAME]"
+    return click.argument("file", required=required, metavar=metavar, shell_complete=_complete_file)
 
 
 def read_plan(file: str) -> Plan:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["show"]
 
+SPARE = ("unread", "last", "generation", "outages", "passt", "mode")
+"""Of the links' columns, those that a narrow terminal goes without, the first one first."""
+
 
 @click.command()
 @name_argument()
@@ -56,7 +59,7 @@ def show(
     if vm.get("links"):
         click.echo()
         heads = ("link", "mode", "state", "passt", "generation", "outages", "last", "unread", "forwards")
-        show_rows(heads, [_link_row(each) for each in vm["links"]])
+        show_rows(heads, [_link_row(each) for each in vm["links"]], spare=SPARE)
     if kept:
         from qrapd.commands.events import event_line
 
@@ -96,10 +99,12 @@ def _facts(vm: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "state", f"{vm['state']} for {since(vm.get('since'))}"
     if vm.get("error"):
         yield "remark", str(vm["error"])
+    if vm.get("hint"):
+        yield "hint", str(vm["hint"])
     yield "origin", vm.get("origin") or "-"
     yield "qemu", f"pid {vm['qemu_pid']}" if vm.get("qemu_pid") else "-"
     yield "restarts", str(vm.get("restarts", 0))
-    known = {"name", "state", "since", "error", "origin", "qemu_pid", "restarts", "links"}
+    known = {"name", "state", "since", "error", "hint", "origin", "qemu_pid", "restarts", "links"}
     for key in vm.keys() - known:  # of a host that is newer than this
         yield key, str(vm[key])
 

@@ -11,7 +11,7 @@ import click
 
 from qrapd.lines import clean
 
-__all__ = ["STATE_STYLES", "aligned", "in_terminal", "show_rows", "since", "span"]
+__all__ = ["STATE_STYLES", "aligned", "fitting", "in_terminal", "show_rows", "since", "span"]
 
 STATE_STYLES: Mapping[str, str] = {
     "ready": "green",
@@ -25,14 +25,22 @@ STATE_STYLES: Mapping[str, str] = {
     "ended": "dim",
 }
 
+GAP = "  "
+
+ROOM_TO_WRAP = 20
+"""Characters that the last column has at least, if it needs them: fewer tear words apart."""
+
 
 def in_terminal() -> bool:
     """Whether a person looks on: not if either of stdout and stderr goes elsewhere."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def show_rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows below their heads; states are coloured in a terminal."""
+def show_rows(heads: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str] = ()) -> None:
+    """Print rows below their heads; states are coloured in a terminal, and the last column is wrapped.
+
+    :param spare: heads of columns that a narrow terminal goes without, the first one first. A pipe gets them all.
+    """
     safe = [[clean(cell.encode("utf-8", "surrogateescape")) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         # Whoever searches the lines of a pipe wants them whole, and without waiting for a library of colours.
@@ -43,20 +51,37 @@ def show_rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    kept = fitting(heads, safe, console.width, spare)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, head in enumerate(heads):
-        last = number == len(heads) - 1
-        table.add_column(head, overflow="fold", no_wrap=not last)
+    for number in kept:
+        # A name, too, may be wider than the terminal; what cannot be wrapped is not cut without a mark.
+        wraps = number in (kept[0], kept[-1])
+        table.add_column(heads[number], overflow="fold" if wraps else "ellipsis", no_wrap=not wraps)
     for row in safe:
-        table.add_row(*(Text(cell, STATE_STYLES.get(cell, "")) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(row[number], STATE_STYLES.get(row[number], "")) for number in kept))
+    console.print(table)
+
+
+def fitting(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]
+) -> list[int]:
+    """The columns that there is room for, by their numbers."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    widths[-1] = min(widths[-1], ROOM_TO_WRAP)
+    kept = list(range(len(heads)))
+    for head in spare:
+        if sum(widths[number] + len(GAP) for number in kept) - len(GAP) <= width:
+            break
+        kept.remove(heads.index(head))
+    return kept
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with their columns below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
 
 

@@ -38,7 +38,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -55,6 +55,9 @@ MEASURED = "cryptomgr.notests"
 """Without the self-tests of its ciphers the kernel boots 0.3 s faster: 1.9 instead of 2.2 s from QEMU's start
 to the first HTTP answer (TCG, Debian's 6.1 cloud kernel). Nothing was gained by tsc=reliable,
 mitigations=off, no_timer_check, ipv6.disable=1, i8042.nokbd, audit=0, nosmp, or gzip for the initramfs."""
+
+KEPT_IMAGES = 5
+"""of 2.5 MB each"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,16 @@ def _build_initramfs(cache: Path, kernel: Kernel, busybox: Path, say: Callable[[
         new.flush()
         Path(new.name).chmod(0o644)
         os.link(new.name, target)
+    _forget_all_but_newest(cache)
     return target
+
+
+def _forget_all_but_newest(cache: Path) -> None:
+    """Each change of the guest makes another image. The last ones stay: other checkouts may want theirs."""
+    with suppress(OSError):
+        images = sorted(cache.glob("initramfs-*.cpio"), key=lambda image: image.stat().st_mtime_ns)
+        for image in images[:-KEPT_IMAGES]:
+            image.unlink()
 
 
 def _fingerprint(files: list[Path]) -> str:
