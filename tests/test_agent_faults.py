@@ -642,3 +642,148 @@ def test_the_host_goes_down_while_the_agent_leaves(host: AgentHost) -> None:
         assert ["request"] == [each["reason"] for each in agent.told("vm.exited", vm="left")]
         agent.assert_no_bug()
     host.assert_nothing_left()
+
+
+# ---- an agent that ends, or begins, at a bad moment
+
+SLOW_LOOK = """
+import time
+from qrapd import record
+look = record.of_agents
+def of_agents(base):
+    print('{"event": "test.looking"}', file=__import__("sys").stderr, flush=True)
+    time.sleep(1)
+    return look(base)
+record.of_agents = of_agents
+"""
+
+
+def left_running(host: AgentHost, *names: str) -> dict[str, Status]:
+    """VMs whose agent was killed."""
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_all("ready", names)
+        agent.stop(signal.SIGKILL)
+    return before
+
+
+def test_an_end_while_it_looks_for_what_was_left(host: AgentHost) -> None:
+    """It ends, and the next one has the VM."""
+    host.write("web")
+    before = left_running(host, "web")
+    with host.agent(prefix=patched(SLOW_LOOK)) as agent:
+        agent.wait_for("test.looking")
+        assert ExitStatus.OK == agent.stop(signal.SIGTERM)
+        agent.assert_no_bug()
+    with host.agent() as agent:
+        assert 1 == agent.wait_for("agent.ready")["adopted"]
+        assert identity(before["web"]) == identity(agent.wait_state("web", "ready"))
+        power_off(agent, host)
+
+
+def test_the_host_goes_down_before_the_agent_has_looked(host: AgentHost) -> None:
+    """What an earlier one has left is powered down all the same."""
+    host.write("one")
+    host.write("two")
+    left_running(host, "one", "two")
+    pending = "import os, signal; signal.pthread_sigmask(0, [30]); os.kill(os.getpid(), 30)"
+    assert (0, 30) == (signal.SIG_BLOCK, signal.SIGPWR)
+    with host.agent(prefix=patched(pending)) as agent:
+        assert ExitStatus.OK == agent.wait()
+        assert {"one", "two"} == {each["vm"] for each in agent.told("vm.exited")}
+        agent.assert_no_bug()
+    host.assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("action", ["stop", "restart"])
+def test_what_was_asked_outlives_the_agent(host: AgentHost, action: str, number: signal.Signals) -> None:
+    """A guest that takes its time to power down is not forgotten by the next agent, nor is what it is to do then."""
+    host.write("web", qemu="powerdown_timeout = 60")
+    with host.agent(prefix=patched("import qrapd.agent as a; a.LEAVE_TIMEOUT = 0.2")) as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_state("web", "ready")
+        agent.act("web", action)
+        agent.wait_for("vm.stopping", vm="web")
+        agent.stop(number)
+    with host.agent() as agent:
+        agent.wait_for("vm.stopping", vm="web")
+        os.kill(before["qemu_pid"], signal.SIGKILL)
+        if action == "stop":
+            agent.wait_state("web", "exited")
+        else:
+            agent.wait_for_other_qemu("web", before["qemu_pid"])
+        agent.assert_no_bug()
+        if action == "restart":
+            os.kill(agent.status("web")["qemu_pid"], signal.SIGKILL)
+            agent.wait_state("web", "failed")
+        power_off(agent, host)
+
+
+def test_a_qemu_that_cannot_be_taken_over(host: AgentHost) -> None:
+    """It is shown with its pid, its file stays, it is not forgotten, and it can be killed."""
+    host.write("hung")
+    qemu = left_running(host, "hung")["hung"]["qemu_pid"]
+    os.kill(qemu, signal.SIGSTOP)
+    with host.agent(prefix=patched("import qrapd.deadlines as d; d.ADOPTION_TIMEOUT = 0.5")) as agent:
+        agent.wait_for("agent.ready")
+        status = agent.wait_state("hung", "failed")
+        assert qemu == status["qemu_pid"]
+        assert "still runs" in status["error"]
+        assert 409 == agent.request("DELETE", "/v1/vms/hung").status_code
+        path = host.vms / "hung.toml"
+        path.rename(host.place / "elsewhere")
+        agent.process.send_signal(signal.SIGHUP)
+        agent.wait_for("agent.reloaded")
+        assert qemu == agent.status("hung")["qemu_pid"]
+        agent.act("hung", "kill")
+        wait_until(lambda: agent.status("hung")["qemu_pid"] is None, "it is gone")
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
+def test_a_restart_of_what_is_being_stopped(host: AgentHost) -> None:
+    """It would be forgotten: whoever asks is told."""
+    host.write("web", qemu="powerdown_timeout = 60")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        qemu = agent.wait_state("web", "ready")["qemu_pid"]
+        agent.act("web", "stop")
+        answer = agent.request("POST", "/v1/vms/web/restart")
+        assert 409 == answer.status_code, answer.text
+        os.kill(qemu, signal.SIGKILL)
+        agent.wait_state("web", "exited")
+        power_off(agent, host)
+
+
+def test_a_wrong_file_is_no_end(host: AgentHost) -> None:
+    """A VM whose file is wrong has not ended by that, and once it is right there is nothing to see of it."""
+    vm = host.write("web", autostart=False)
+    text = vm.path.read_text()
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        for content in ("memory = 1\n", text):
+            vm.path.write_text(content)
+            agent.process.send_signal(signal.SIGHUP)
+            agent.wait_for("agent.reloaded", changed=[], started=[])
+            wait_until(lambda c=content: (agent.status("web")["error"] is None) == (c == text), "it is read")  # type: ignore[misc]
+        assert "exited" == agent.status("web")["state"]
+        assert 'qrapd_vm_failures_total{vm="web"} 0.0' in agent.request("GET", "/metrics").text
+        power_off(agent, host)
+
+
+def test_an_upgrade_that_could_not_start(host: AgentHost) -> None:
+    """The next agent would end for a mistake in agent.toml: this one stays, and says why."""
+    host.write("web")
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        before = agent.wait_state("web", "ready")
+        (host.place / "agent.toml").write_text("start_at_once = 4\n")
+        agent.process.send_signal(signal.SIGUSR2)
+        assert "agent.toml" in agent.wait_for("config.invalid")["file"]
+        (host.place / "agent.toml").unlink()
+        agent.process.send_signal(signal.SIGUSR2)
+        assert 1 == agent.wait_for("agent.ready")["adopted"]
+        assert identity(before) == identity(agent.wait_state("web", "ready"))
+        agent.assert_no_bug()
+        power_off(agent, host)

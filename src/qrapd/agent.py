@@ -19,6 +19,7 @@ from signal import SIGHUP, SIGINT, SIGPWR, SIGTERM, SIGUSR2, Signals
 from typing import Any, NoReturn
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
@@ -36,7 +37,7 @@ from qrapd.handover import AGENT_SOCKET, OWN_AGENT_SOCKET, HandedOver
 from qrapd.hosting import HostedVm, HostVitals
 from qrapd.logs import Emit
 from qrapd.runtime_directory import clear_up
-from qrapd.signals import receive_signals
+from qrapd.signals import Received, receive_signals
 from qrapd.supervisor import tell_failure
 from qrapd.systemd import Notifier, PrefixedKeeper
 from qrapd.vm_status import Origin
@@ -54,6 +55,9 @@ ADOPTION_TIMEOUT = 60.0
 
 LAG_INTERVAL = 1.0
 """Seconds between two looks at how late the event loop is."""
+
+OBEYED_IN = 5
+"""Rounds of the event loop in which a signal that has come is obeyed: it goes by a pipe, a callback and a task."""
 
 LEAVE_TIMEOUT = 30.0
 """Seconds to wait for VMs that are in the middle of something. What still is, is taken over as after a crash."""
@@ -105,7 +109,6 @@ async def run_agent(
 
         def abandon_all(outcome: AgentOutcome) -> NoReturn:
             if outcome.upgrade:
-                signals.hold()
                 outcome = AgentOutcome(True, {**outcome.fds, **place.hand_over()})
             abandon(outcome)
 
@@ -126,7 +129,6 @@ async def run_agent(
         try:
             outcome = await agent.run(signals, serve_api, watchdog)
             if outcome.upgrade:
-                signals.hold()
                 return AgentOutcome(True, {**outcome.fds, **place.hand_over()})
             return outcome
         finally:
@@ -185,6 +187,10 @@ class Agent:
         self._shared: Shared | None = None
         self._end = anyio.Event()
         self._host_ends = anyio.Event()
+        self._looked = anyio.Event()
+        """set once what was left is being taken over: before that, nobody can see it off"""
+        self._files = anyio.Lock()
+        """for whoever makes what is known of the files agree with them"""
         self._upgrade = False
         self._began = time.monotonic()
         self._adoption_seconds: float | None = None
@@ -213,18 +219,21 @@ class Agent:
         return HostVitals(lag, self._adoption_seconds)
 
     async def put(self, name: str, text: str) -> bool:
-        path = self._directory / "vms" / f"{name}.toml"
-        is_new = await anyio.to_thread.run_sync(vm_files.write, path, text)
-        assert self._shared is not None
-        if name not in self._vms:
-            self._vms[name] = AgentVm(path, self._shared)
-        return is_new
+        async with self._files:
+            path = self._directory / "vms" / f"{name}.toml"
+            is_new = await anyio.to_thread.run_sync(vm_files.write, path, text)
+            self._know(path).accept_file()
+            return is_new
 
     async def delete(self, name: str) -> None:
+        async with self._files:
+            await self._delete(name)
+
+    async def _delete(self, name: str) -> None:
         vm = self._vms.get(name)
         if vm is None:
             raise Unknown(f"there is no VM {name}")
-        if vm.runs:
+        if vm.runs or vm.was_left:
             raise Conflict(f"{name} runs", hint=f"stop it first: qrapd stop {name}")
         if vm.is_elsewhere:
             raise Conflict(f"{name} has a supervisor of its own, a unit's or a shell's", hint="stop it first")
@@ -237,7 +246,7 @@ class Agent:
 
     async def run(
         self,
-        signals: AsyncIterable[Signals],
+        signals: Received,
         serve_api: Callable[[], Awaitable[None]],
         watchdog: float | None = None,
     ) -> AgentOutcome:
@@ -266,7 +275,7 @@ class Agent:
             self._begin(beside, "the API", serve_api)
             self._begin(beside, "taking over", self._take_over)
             await self._end.wait()
-            outcome = await self._see_off()
+            outcome = await self._see_off(signals)
             if any(vm.runs for vm in self._vms.values()):
                 self._abandon(outcome)
             beside.cancel_scope.cancel()
@@ -288,6 +297,8 @@ class Agent:
         async for number in signals:
             if number == SIGHUP:
                 self._begin(tasks, "a reload", self.reload)
+                continue
+            if number == SIGUSR2 and not await self._could_start():
                 continue
             # A stop that comes after an upgrade has begun is meant: there is to be no agent.
             self._upgrade = number == SIGUSR2 and (self._upgrade or not self._end.is_set())
@@ -326,15 +337,18 @@ class Agent:
 
     async def _take_over(self) -> None:
         """Adopt what an earlier agent has left, wanted or not, before anything else is started."""
-        async with self._reloading:
-            # Before there are VMs that somebody could start: in a thread, it takes their locks.
-            await anyio.to_thread.run_sync(clear_up, self._base)
-            wanted = await self._scan()
-            await self._add_without_file()
-            left = [vm for vm in self._vms.values() if vm.was_left and not vm.runs]
-            for vm in left:
-                vm.begin(self._handed.of(vm.name), only_left=True)
-            self._handed.close()
+        try:
+            async with self._reloading:
+                # Before there are VMs that somebody could start: in a thread, it takes their locks.
+                await anyio.to_thread.run_sync(clear_up, self._base)
+                wanted = await self._scan()
+                await self._add_without_file()
+                left = [vm for vm in self._vms.values() if vm.was_left and not vm.runs]
+                for vm in left:
+                    vm.begin(self._handed.of(vm.name), only_left=True)
+                self._handed.close()
+        finally:
+            self._looked.set()
         with anyio.move_on_after(ADOPTION_TIMEOUT):
             for vm in left:
                 await vm.settled.wait()
@@ -346,10 +360,8 @@ class Agent:
 
     async def _add_without_file(self) -> None:
         """What an earlier agent has left running is this one's, too, where its file is gone: it is nobody else's."""
-        assert self._shared is not None
         for name in await anyio.to_thread.run_sync(record.of_agents, self._base):
-            if name not in self._vms:
-                self._vms[name] = AgentVm(self._directory / "vms" / f"{name}.toml", self._shared)
+            self._know(self._directory / "vms" / f"{name}.toml")
 
     def _start(self, names: Iterable[str]) -> list[str]:
         if self._end.is_set():
@@ -361,19 +373,31 @@ class Agent:
             self._vms[name].begin(HandedOver())
         return new
 
+    def _know(self, path: Path) -> AgentVm:
+        """The VM of a file."""
+        assert self._shared is not None
+        if path.stem not in self._vms:
+            self._vms[path.stem] = AgentVm(path, self._shared)
+        return self._vms[path.stem]
+
     async def _scan(self) -> list[str]:
         """See which files there are; returns the names of those that the agent is to run."""
-        assert self._shared is not None
+        async with self._files:
+            return await self._scan_files()
+
+    async def _scan_files(self) -> list[str]:
         found = await anyio.to_thread.run_sync(vm_files.survey, self._directory / "vms")
         for name in [
-            name for name, vm in self._vms.items() if not (name in found or vm.runs or vm.path.exists())
+            name
+            for name, vm in self._vms.items()
+            if not (name in found or vm.runs or vm.was_left or vm.path.exists())
         ]:
             del self._vms[name]
-        for name, each in found.items():
-            if name not in self._vms:
-                self._vms[name] = AgentVm(each.path, self._shared)
-            vm = self._vms[name]
-            if each.error is not None and not vm.runs:
+        for each in found.values():
+            vm = self._know(each.path)
+            if each.error is None:
+                vm.accept_file()
+            elif not vm.runs:
                 vm.refuse(each.error)
         self._autostarted.retain(self._vms)
         return [name for name, each in found.items() if each.autostart]
@@ -395,6 +419,15 @@ class Agent:
         finally:  # the service manager waits for it
             self._notifier.tell(READY=1)
 
+    async def _could_start(self) -> bool:
+        """Whether the next agent gets by what this one would end for: after an upgrade nobody would go back."""
+        try:
+            _policy(await anyio.to_thread.run_sync(vm_files.read_agent_file, self._directory))
+        except QrapdError as error:
+            tell_failure(self._emit, error, vm=None)
+            return False
+        return True
+
     async def _reload_own_file(self) -> None:
         file = await anyio.to_thread.run_sync(vm_files.read_agent_file, self._directory)
         self.policy = await anyio.to_thread.run_sync(_policy, file)
@@ -413,12 +446,18 @@ class Agent:
 
     # --- the end --------------------------------------------------------------------------------------
 
-    async def _see_off(self) -> AgentOutcome:
+    async def _see_off(self, signals: Received) -> AgentOutcome:
         """Leave the VMs for the next agent; or stop them, where the host goes down."""
+        with anyio.move_on_after(LEAVE_TIMEOUT):
+            await self._looked.wait()
         running = [vm for vm in self._vms.values() if vm.runs]
         to_stop = max((vm.stop_seconds for vm in running), default=0.0) + STOP_MARGIN
         if not self._host_ends.is_set():
             await self._leave(running)
+        if self._upgrade:
+            signals.hold()  # who wants something from now on wants it from the next agent
+            for _ in range(OBEYED_IN):
+                await anyio.lowlevel.checkpoint()
         if self._host_ends.is_set():  # which it may have come to meanwhile
             await self._power_down(running, to_stop)
         fds = {f"{vm.name}.{name}": fd for vm in running for name, fd in vm.left.items()}

@@ -118,8 +118,11 @@ class AgentVm(SupervisedVm):
         except OSError as error:
             words = f"whether a unit or a shell runs it cannot be seen: {error.strerror}: {error.filename}"
             return status if status.error else status.model_copy(update={"error": words})
-        if seen is None or (seen.state == "failed" and status.state == "failed"):
-            return status  # of what is left, the attempt to take it over has told more
+        if seen is None:
+            return status
+        if seen.state == "failed" and status.state == "failed":
+            # Of what is left, the attempt to take it over has told more.
+            return status.model_copy(update={"qemu_pid": seen.qemu_pid})
         return seen
 
     # --- from outside ---------------------------------------------------------------------------------
@@ -233,6 +236,8 @@ class AgentVm(SupervisedVm):
     def stop_seconds(self) -> float:
         """How long an orderly end may take."""
         plan = self.supervisor.plan if self.supervisor is not None else None
+        if plan is None and self.runs:
+            plan = planning.unreadable(self.path)  # its file is just being read: so long as a rule
         return plan.powerdown_timeout + 2 * plan.quit_timeout if plan is not None else 0.0
 
     async def power_down(self) -> None:
@@ -248,10 +253,14 @@ class AgentVm(SupervisedVm):
 
     def refuse(self, error: QrapdError) -> None:
         """Its file is wrong."""
-        if self.runs:
-            tell_failure(self._shared.emit, error, vm=self.name)
-        else:
-            self._fail(error)
+        tell_failure(self._shared.emit, error, vm=self.name)
+        if not self.runs:
+            self.tracker.note_refusal(_words(error), datetime.now(UTC), _hint(error))
+
+    def accept_file(self) -> None:
+        """Its file is right; if it was not before, that is no news any more."""
+        if not self.runs:
+            self.tracker.note_acceptance(datetime.now(UTC))
 
     async def refresh(self) -> bool:
         """Read its file again and apply what has changed; returns whether anything has.
@@ -284,6 +293,7 @@ class AgentVm(SupervisedVm):
                     reread=self._read,
                     handed=handed,
                     only_left=not plan.can_start or (only_left and not _is_wanted_again(plan)),
+                    resume=only_left,
                     note_machine=self.note_machine,
                 )
                 self.tracker.set_links((link.index, link.mode) for link in plan.links)
@@ -350,7 +360,7 @@ class AgentVm(SupervisedVm):
 
     def _fail(self, error: QrapdError) -> None:
         tell_failure(self._emit, error, vm=self.name)
-        self.tracker.note_failure(_words(error), datetime.now(UTC))
+        self.tracker.note_failure(_words(error), datetime.now(UTC), _hint(error))
 
     def _read(self) -> Plan:
         plan = planning.resolve(vm_files.read(self.path))
@@ -375,3 +385,8 @@ def _words(error: QrapdError) -> str:
     if not isinstance(error, ConfigurationError):
         return error.message
     return f"{error.path}: {'; '.join(str(problem) for problem in error.problems)}"
+
+
+def _hint(error: QrapdError) -> str | None:
+    """What to do about it; of a wrong file about the first mistake."""
+    return error.problems[0].hint if isinstance(error, ConfigurationError) else error.hint

@@ -21,10 +21,12 @@ from qrapd.process import Hidden, start_time
 if TYPE_CHECKING:
     from qrapd.vm_status import Origin
 
-__all__ = ["LinkRecord", "ProcessId", "Record", "Unusable", "of_agents", "read", "write"]
+__all__ = ["Asked", "LinkRecord", "ProcessId", "Record", "Unusable", "of_agents", "read", "write"]
 
 VERSION = 2
 """Counted up where an older qrapd would understand a record wrongly; what it does not look for may come in."""
+
+Asked = Literal["stop", "restart"]
 
 
 class Unusable(ValueError):
@@ -92,6 +94,8 @@ class Record:
     """whoever wrote this"""
     origin: Origin | None = None
     """what that is; None: written by a qrapd that did not say"""
+    asked: Asked | None = None
+    """what it was asked for and had not done yet, for one that goes on in its place"""
 
 
 def write(path: Path, record: Record) -> None:
@@ -126,6 +130,7 @@ def read(path: Path) -> Record | None:
             links=tuple(_link(link) for link in data["links"]),
             supervisor=_process(data["supervisor"]),
             origin=data.get("origin"),
+            asked=data.get("asked"),
         )
     except Unusable:
         raise

@@ -39,6 +39,7 @@ from qrapd.systemd import Keeper
 from qrapd.vm import Outcome, Vm
 
 if TYPE_CHECKING:
+    from qrapd.record import Asked
     from qrapd.vm_status import Origin
 
 __all__ = ["Companion", "Supervisor", "tell_failure"]
@@ -62,6 +63,8 @@ class Supervisor:
     :param origin: what runs this supervisor: that, too, is for the one after it.
     :param handed: the fds that an earlier supervisor has had kept.
     :param only_left: do nothing if no VM was left running.
+    :param resume: go on with a stop or restart that the last supervisor was asked for. Without, this one was started
+        because somebody wants the VM to run.
     :param note_machine: is told of each machine before anything of it runs: it may have other NICs than the last one.
     """
 
@@ -76,6 +79,7 @@ class Supervisor:
         reread: Callable[[], Plan] | None = None,
         handed: HandedOver | None = None,
         only_left: bool = False,
+        resume: bool = False,
         note_machine: Callable[[Vm], None] = lambda _: None,
     ) -> None:
         self.plan = plan
@@ -90,6 +94,7 @@ class Supervisor:
         self._reread = reread
         self._handed = handed or HandedOver()
         self._only_left = only_left
+        self._resume = resume
         self._note_machine = note_machine
         self._tasks: TaskGroup | None = None
         """where what takes a while goes on, for as long as the VM runs"""
@@ -122,8 +127,10 @@ class Supervisor:
         under_way = self._stopped.is_set() or self._again
         self._again = False
         self._stopped.set()
-        if self.vm is not None and (hurry or not under_way):
-            self.vm.stop()
+        if self.vm is not None:
+            self.vm.note_asked("stop")
+            if hurry or not under_way:
+                self.vm.stop()
 
     def kill(self) -> None:
         """End the VM at once, without asking the guest."""
@@ -133,12 +140,18 @@ class Supervisor:
             self.vm.kill()
 
     def restart(self) -> None:
-        """Stop the VM in order, and start it by its file as that is then."""
-        if self._stopped.is_set() or self._again:
+        """Stop the VM in order, and start it by its file as that is then.
+
+        :raise Conflict: it is to end for good.
+        """
+        if self._stopped.is_set():
+            raise Conflict("it is being stopped", hint="start it once it has ended")
+        if self._again:
             return  # it is on its way down already
         self._again = True
         self._hurry.set()
         if self.vm is not None:
+            self.vm.note_asked("restart")
             self.vm.stop()
 
     async def leave(self) -> None:
@@ -275,6 +288,8 @@ class Supervisor:
                     if self._only_left or self._stopped.is_set():
                         return Outcome(Reason.REQUEST)
                     self._again = False  # what is to be started anew has ended
+                elif self._resume:
+                    self._carry_on(left.record.asked)
                 self._begin(self.plan, left)
                 async with anyio.create_task_group() as self._tasks:
                     outcome = await self._keep_running(companion)
@@ -282,6 +297,12 @@ class Supervisor:
                 return outcome
         finally:
             self._over.set()
+
+    def _carry_on(self, asked: Asked | None) -> None:
+        if asked == "stop":
+            self._stopped.set()
+        elif asked == "restart" and not self._stopped.is_set():
+            self._again = True
 
     async def _keep_running(self, companion: Companion | None) -> Outcome:
         while True:
@@ -355,6 +376,7 @@ class Supervisor:
         self.vm = Vm(fitting, self.directory, self._tell, keeper=self._keeper, origin=self._origin, left=left)
         self._note_machine(self.vm)
         if self._stopped.is_set() or self._again:
+            self.vm.note_asked("stop" if self._stopped.is_set() else "restart")
             self.vm.stop()
         renewed, self._renewed = self._renewed, anyio.Event()
         renewed.set()

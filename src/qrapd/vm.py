@@ -90,6 +90,7 @@ class Vm:
         self._all_taken = left is None
         """whether what was left is all in our hands: before that, the record that was found knows more than we do"""
         self._kept_qemu = KeptProcess(keeper, QEMU)
+        self._asked: record.Asked | None = None
         self._stood_back = False
         self.handed_over: dict[str, int] = {}
         """after :meth:`leave`: fds for whoever comes next, by the names of the fd store"""
@@ -123,6 +124,11 @@ class Vm:
         """End QEMU at once, whatever that does to the guest."""
         self._seen.stop_requested = True
         self._post(Event.KILL)
+
+    def note_asked(self, asked: record.Asked) -> None:
+        """Have it on record what the VM is being stopped for, should this supervisor not live to see it through."""
+        self._asked = asked
+        self._write_record()
 
     async def leave(self) -> None:
         """Let the VM be for another qrapd to adopt, as soon as no link is in the middle of something."""
@@ -306,6 +312,7 @@ class Vm:
                     tuple(link.record for link in self.links),
                     record.ProcessId.of_this(),
                     self._origin,
+                    self._asked,
                 ),
             )
         except OSError as error:
@@ -456,7 +463,7 @@ class Vm:
 
     def _finish(self) -> None:
         status, outcome = self._seen.status, self._judge()
-        error = {"error": outcome.error.message} if outcome.error is not None else {}
+        error = {} if outcome.error is None else {"error": outcome.error.message, "hint": outcome.error.hint}
         self._emit("vm.exited", reason=outcome.reason.value, **(status.fields if status else {}), **error)
 
     def _is_ending(self) -> bool:
