@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import anyio.lowlevel
+
 from qrapd.config import VmConfiguration, parse
 from qrapd.console import Console
 from qrapd.errors import ConfigurationError, Conflict, Problem, Unknown
@@ -182,7 +184,13 @@ class PretendedHost:
             self.vms[name] = PretendedVm(self, configuration)
         return is_new
 
-    async def put(self, name: str, text: str) -> bool:
+    async def look_for(self, name: str) -> None:
+        """There are no files."""
+
+    async def put(self, name: str, text: str, *, only_new: bool = False) -> bool:
+        await anyio.lowlevel.checkpoint()  # as the agent, who writes in a thread
+        if only_new and name in self.texts:
+            return False
         return self._put(name, text)
 
     async def delete(self, name: str) -> None:

@@ -283,6 +283,20 @@ def test_own_file_read_again(host: AgentHost) -> None:
 # ---- files by the API
 
 
+def test_a_new_file(host: AgentHost) -> None:
+    """It is enough that it is there: nobody has to reload before a start."""
+    with host.agent() as agent:
+        agent.wait_for("agent.ready")
+        assert 404 == agent.request("POST", "/v1/vms/late/start").status_code
+        host.write("late", autostart=False)
+        assert 404 == agent.request("GET", "/v1/vms/..").status_code
+        assert "exited" == agent.status("late")["state"]
+        agent.act("late", "start")
+        agent.wait_state("late", "ready")
+        agent.assert_no_bug()
+        power_off(agent, host)
+
+
 def test_put_and_delete(host: AgentHost) -> None:
     """As TOML and as JSON; wrong ones are refused and nothing is written."""
     port = free_port()

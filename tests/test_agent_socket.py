@@ -83,12 +83,58 @@ def test_everybody_may_connect(umask: int, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_what_is_no_socket_stays(tmp_path: Path) -> None:
+    """A path may have been typed wrongly: a file, a directory and a link are nobody's leavings."""
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in tmp_path.iterdir():
+        with pytest.raises(Unavailable, match="is no socket") as caught:
+            AgentSocket(path, None, None)
+        assert "--socket" in str(caught.value.hint)
+    assert {"file", "directory", "link"} == {each.name for each in tmp_path.iterdir()}
+    assert "precious" == (tmp_path / "file").read_text()
+
+
+def test_a_socket_of_somebody_else_stays(tmp_path: Path) -> None:
+    """Of one who listens, also where the queue is full; what nobody listens on any more is replaced."""
+    path = tmp_path / "agent.sock"
+    first = AgentSocket(path, None, None)
+    with pytest.raises(Unavailable, match="somebody else does"):
+        AgentSocket(path, None, None)
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(path))
+    first.listener.listen(0)  # there are already more who wait
+    with pytest.raises(Unavailable, match="somebody else does"):
+        AgentSocket(path, None, None)
+    first.listener.close()  # as by kill -9
+    second = AgentSocket(path, None, None)
+    first.close()
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(path))
+    second.close()
+    assert not path.exists()
+
+
+def test_one_that_was_handed_on(tmp_path: Path) -> None:
+    """The successor removes it at its end, as if it were its own; but not what has taken its place."""
+    path = tmp_path / "agent.sock"
+    for replaced in (False, True):
+        [(name, fd)] = AgentSocket(path, None, None).hand_over().items()
+        assert "agent-own" == name
+        successor = AgentSocket(path, None, fd)
+        if replaced:
+            path.rename(tmp_path / "old.sock")
+            path.write_text("precious")
+        successor.close()
+        assert replaced is path.exists()
+
+
 def test_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither one that was there, nor one that takes the socket's place at once: its target keeps its mode."""
+    """One that takes the socket's place at once: its target keeps its mode."""
     target, path = tmp_path / "target", tmp_path / "agent.sock"
     target.write_text("precious")
     target.chmod(0o600)
-    path.symlink_to(target)
 
     class Robbed(socket.socket):
         """Whose name is another file's as soon as it has one."""

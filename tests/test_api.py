@@ -10,10 +10,12 @@ import random
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ import pytest
 from websockets.asyncio.client import unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from api_host import PretendedHost
+from api_host import PretendedHost, PretendedVm
 from qrapd.api.access import Peer, Policy
-from qrapd.api.app import make_app
+from qrapd.api.app import STRANGER_SECONDS, make_app
 from qrapd.api.limits import DEFAULT
 from qrapd.api.operations import OPERATIONS
 from qrapd.errors import (
@@ -40,6 +42,7 @@ from qrapd.errors import (
     Unknown,
     UsageError,
 )
+from qrapd.status_tracker import StatusTracker
 from qrapd.vm_files import SIZE_LIMIT
 from qrapd.vm_status import VmStatus
 from serving import Serving, eventually, read_all, serving
@@ -107,7 +110,8 @@ async def test_vms(arena: Arena) -> None:
     ]
     one = await arena.client.get("/v1/vms/web")
     assert response.json()[1] == one.json()
-    assert {"name", "state", "origin", "qemu_pid", "since", "restarts", "links", "error"} == one.json().keys()
+    keys = {"name", "state", "origin", "qemu_pid", "since", "restarts", "links", "error", "hint"}
+    assert keys == one.json().keys()
 
 
 async def test_health_and_metrics(arena: Arena) -> None:
@@ -203,6 +207,21 @@ async def test_files(arena: Arena) -> None:
     await arena.refused(404, "DELETE", "/v1/vms/new")
     await arena.client.post("/v1/vms/other/start")
     await arena.refused(409, "DELETE", "/v1/vms/other")
+
+
+async def test_two_new_files_at_once(arena: Arena) -> None:
+    """Of those who want theirs to be the first, one has it so; a file that nobody has read yet stays, too."""
+    headers = TOML | {"If-None-Match": "*"}
+    texts = [f"# {number}\n" for number in range(4)]
+    done = await asyncio.gather(
+        *(arena.client.put("/v1/vms/new", content=text, headers=headers) for text in texts)
+    )
+    assert [201, 412, 412, 412] == sorted(each.status_code for each in done)
+    assert arena.host.texts["new"] == texts[[each.status_code for each in done].index(201)]
+    arena.host.texts["unread"] = "# by hand\n"
+    problem = await arena.refused(412, "PUT", "/v1/vms/unread", content="", headers=headers)
+    assert "there is a VM unread already" in problem["detail"]
+    assert "# by hand\n" == arena.host.texts["unread"]
 
 
 async def test_a_file_as_json(arena: Arena) -> None:
@@ -437,6 +456,88 @@ async def test_another_user_for_real(place: Path) -> None:
     assert [["200", "403", "403"], ["200", "200", "403"], ["200", "200", "202"]] == answers
 
 
+async def test_who_may_nothing_waits(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longer the more of them there are; nobody else does, and who goes meanwhile leaves nothing behind."""
+    arena.peer = STRANGER
+    began = time.monotonic()
+    answers = await asyncio.gather(*(arena.client.get("/healthz") for _ in range(10)))
+    assert [200] * 10 == [each.status_code for each in answers]
+    assert time.monotonic() - began >= 10 * STRANGER_SECONDS * 0.9
+    monkeypatch.setattr("qrapd.api.app.STRANGER_SECONDS", 1000)
+    waiting = [await arena.server.connect() for _ in range(3)]
+    for each, (_reader, writer) in zip(("healthz", "openapi.json", "v1/vms"), waiting, strict=True):
+        writer.write(f"GET /{each} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    await eventually(lambda: 3 == running())
+    arena.peer = READER
+    assert 200 == (await arena.client.get("/v1/vms")).status_code
+    assert 3 == running()
+    for _reader, writer in waiting:
+        writer.close()
+    await eventually(lambda: 0 == running())
+
+
+def running() -> int:
+    """Requests that are being answered."""
+    return sum("run_asgi" in repr(each) for each in asyncio.all_tasks())
+
+
+async def test_rights_that_are_lost(place: Path) -> None:
+    """Who may no longer gets nothing more, neither an event nor what the guest says; what is typed goes nowhere."""
+    host, uid = PretendedHost("web"), os.geteuid()
+    policies = [Policy(own_uid=uid)]
+    # Root may always: the peer is taken for another one.
+    app = make_app(host, lambda: policies[-1])
+
+    async def as_member(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["peer"] = Peer(1, 1001, 4242)
+        await app(scope, receive, send)
+
+    vm = host.vms["web"]
+    with vm.with_console() as console, anyio.fail_after(PATIENCE):
+        running = asyncio.create_task(console.run())
+        assert vm.guest is not None
+        async with serving(place, as_member) as server, server.client() as client:
+            for who in ("the guest", "the client"):
+                policies.append(POLICY)
+                async with (
+                    client.stream("GET", "/v1/events?after=now") as events,
+                    unix_connect(str(server.path), "ws://x/v1/vms/web/console") as websocket,
+                ):
+                    lines = events.aiter_lines()
+                    await skip_to(lines, "retry: ")
+                    await websocket.send(b"typed")
+                    assert b"typed" == await asyncio.get_running_loop().sock_recv(vm.guest, 100)
+                    policies.append(replace(POLICY, group=None))
+                    host.events.append("vm.stopping", {"vm": "web"})
+                    assert [] == [line async for line in lines if line]
+                    if who == "the guest":
+                        vm.guest.send(b"secret")
+                    else:
+                        await websocket.send(b"typed")
+                    with pytest.raises(ConnectionClosed):
+                        await websocket.recv()
+                    assert (1008, "is no longer allowed") == (websocket.close_code, websocket.close_reason)
+                assert 403 == (await client.get("/v1/events")).status_code
+            with pytest.raises(BlockingIOError):
+                vm.guest.recv(100)
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def test_an_error_with_bytes_of_any_kind(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path in it need not be UTF-8: that one VM's error must not keep all others from being shown."""
+    tracker = StatusTracker("web", "agent", [(0, "swap")], datetime.now(UTC))
+    tracker.note("link.failed", {"link": 0, "error": "b\udcff"}, datetime.now(UTC))
+    tracker.note_failure("/etc/c\udcff/vms/web.toml: 1 problem", datetime.now(UTC), hint="see /etc/d\udcff")
+    monkeypatch.setattr(PretendedVm, "status", property(lambda _: tracker.status()))
+    for path in ("/v1/vms", "/v1/vms/web"):
+        response = await arena.client.get(path)
+        assert 200 == response.status_code
+        assert "c\\\\udcff/vms" in response.text
+        assert "b\\\\udcff" in response.text
+        assert "d\\\\udcff" in response.text
+
+
 # ---- events
 
 
@@ -465,7 +566,8 @@ async def test_events_that_have_been(arena: Arena) -> None:
     data = json.loads(web["data"])
     assert ("info", "vm.ready", "web", 100) == (data["level"], data["event"], data["vm"], data["qemu_pid"])
     assert [db] == await get(vm="db")
-    assert [] == await get(vm="nobody")
+    hint = (await arena.refused(404, "GET", "/v1/events?vm=nobody&follow=false"))["hint"]
+    assert "GET /v1/vms" in hint
     assert [db] == await get(after=web["id"])
     assert [] == await get(after="now")
     assert [db] == await get({"Last-Event-ID": web["id"]}, after="now")
@@ -476,6 +578,26 @@ async def test_events_that_have_been(arena: Arena) -> None:
         assert list(query) == [
             each["key"] for each in (await arena.refused(422, "GET", "/v1/events", params=query))["problems"]
         ]
+
+
+async def test_events_of_one_that_was(arena: Arena) -> None:
+    """A VM that is gone may have left events: they are told."""
+    await arena.client.post("/v1/vms/web/start")
+    await arena.client.post("/v1/vms/web/stop")
+    assert 204 == (await arena.client.delete("/v1/vms/web")).status_code
+    response = await arena.client.get("/v1/events", params={"vm": "web", "follow": "false"})
+    assert ["vm.ready", "vm.exited"] == [each["event"] for each in parse(response.text)]
+
+
+async def test_events_of_one_to_come(arena: Arena) -> None:
+    """Who follows may wait for a VM that there is not yet."""
+    with anyio.fail_after(PATIENCE):
+        async with arena.client.stream("GET", "/v1/events", params={"vm": "new"}) as response:
+            lines = response.aiter_lines()
+            await skip_to(lines, "retry: ")
+            await arena.client.put("/v1/vms/new", content="", headers=TOML)
+            await arena.client.post("/v1/vms/new/start")
+            await skip_to(lines, "event: vm.ready")
 
 
 async def test_events_as_they_come(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:

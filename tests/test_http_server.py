@@ -37,11 +37,13 @@ class App:
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
+        self.gone: list[asyncio.Event] = []
         self.running = 0
         self.ended = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.peers.append(scope["state"]["peer"])
+        self.gone.append(scope["state"]["gone"])
         self.running += 1
         try:
             if scope["type"] == "websocket":
@@ -174,6 +176,70 @@ async def test_requests_one_after_the_other(place: Path, app: App) -> None:
         assert [b"hello", b"3", b"hello", b"4"] == [
             each.partition(b"\r\n\r\n")[2] for each in answer.split(b"HTTP/1.1 200 OK")[1:]
         ]
+
+
+@pytest.mark.parametrize(
+    ("target", "answer"),
+    [
+        ("http://x/slow", "slow"),
+        ("HTTPS://x:1/slow?y=http://z/", "slow"),
+        ("http://x", "hello"),
+        ("http://x?/slow", "hello"),
+    ],
+)
+async def test_a_target_in_absolute_form(place: Path, app: App, target: str, answer: str) -> None:
+    """As clients of a proxy ask, and a server has to understand it; there is one host here, whatever it is called."""
+    async with serving(place, app) as server:
+        request = f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        received = await server.ask(request.encode())
+        assert received.startswith(b"HTTP/1.1 200 ")
+        assert received.endswith(answer.encode())
+
+
+SLOW = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "answers"),
+    [
+        (SLOW, [b"slow"]),
+        (HELLO + SLOW + HELLO, [b"hello", b"slow", b"hello"]),
+        (SLOW + b"GET /", [b"slow"]),
+        (POST + b"a", []),
+    ],
+    ids=["one", "several", "one and a part", "a part"],
+)
+async def test_one_who_has_said_all(place: Path, app: App, said: bytes, answers: list[bytes]) -> None:
+    """Who says no more gets all answers to what was said, and the end; what is not whole is not waited for."""
+    async with serving(place, app) as server:
+        reader, writer = await server.connect()
+        writer.write(said)
+        writer.write_eof()
+        received = await read_all(reader)
+        writer.close()
+        found = [each.partition(b"\r\n\r\n")[2] for each in received.split(b"HTTP/1.1 200 OK")[1:]]
+        assert answers == found
+        await eventually(lambda: app.running == 0)
+        assert [] == connections_of(server)
+        assert [] == server.reports
+
+
+async def test_one_who_goes(place: Path, app: App) -> None:
+    """Who says no more and hears nothing any more is gone: what is for that one ends at once."""
+    async with serving(place, app) as server:
+        reader, writer = await server.connect()
+        writer.write(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"first")
+        assert not app.gone[0].is_set()
+        writer.close()
+        await eventually(lambda: app.running == 0)
+        assert app.gone[0].is_set()
+        async with unix_connect(str(server.path), "ws://x/") as websocket:
+            await websocket.send(b"x")
+            await websocket.recv()
+            assert not app.gone[1].is_set()
+        await eventually(lambda: app.gone[1].is_set())
 
 
 async def test_on_demand(place: Path, app: App) -> None:
@@ -380,11 +446,11 @@ async def test_a_message_that_is_too_large(place: Path, app: App) -> None:
 
 async def test_too_many_connections(place: Path, app: App) -> None:
     """One too many is told so; as soon as there is room again, it is served."""
-    async with serving(place, app, limits=replace(DEFAULT, per_uid=3)) as server:
+    async with serving(place, app, limits=replace(DEFAULT, connections=3, kept=1)) as server:
         held = [await server.connect() for _ in range(3)]
         answer = await server.ask(HELLO)
         assert answer.startswith(b"HTTP/1.1 503 "), answer
-        assert b"has 3 connections already" in answer
+        assert b"there are 3 connections already" in answer
         # A WebSocket is a connection, too, and is counted once.
         held.pop()[1].close()
         await eventually(lambda: len(connections_of(server)) == 2)
@@ -397,6 +463,19 @@ async def test_too_many_connections(place: Path, app: App) -> None:
                 pass
         for _reader, writer in held:
             writer.close()
+
+
+async def test_too_many_connections_of_one_user(place: Path, app: App) -> None:
+    """That is for others: root and the serving user are not to shut themselves out."""
+    async with serving(place, app, limits=replace(DEFAULT, per_uid=3)) as server:
+        held = [await server.connect() for _ in range(4)]
+        assert b"hello" in await server.ask(HELLO[:-2] + b"Connection: close\r\n\r\n")
+        for _reader, writer in held:
+            writer.close()
+        if os.geteuid() == 0:  # only root can become another user
+            others = await as_user(server, [], connections=4)
+            refused = "HTTP/1.1 503 Service Unavailable"
+            assert ["HTTP/1.1 200 OK"] * 3 + [refused] == others.stdout.splitlines()
 
 
 async def test_others_leave_room_for_us(place: Path, app: App) -> None:

@@ -13,7 +13,7 @@ from jsonschema_rs import Draft202012Validator
 from qrapd.api.access import Access
 from qrapd.api.app import _Api
 from qrapd.api.openapi import Operation
-from qrapd.api.operations import CONSOLE_PATH, OPERATIONS, openapi_document
+from qrapd.api.operations import CONSOLE_PATH, OPERATIONS, openapi_document, openapi_json
 from qrapd.api.problems import TITLES
 
 DOCUMENT = openapi_document()
@@ -63,6 +63,12 @@ def test_one_operation(operation: Operation) -> None:
     assert (operation.access is Access.WRITE) == (operation.method != "GET")
     assert set(operation.faults) <= TITLES.keys()
     assert any(status.startswith("2") for status in made["responses"])
+
+
+def test_as_it_is_sent() -> None:
+    """It is the same, and is written once: everybody may ask for it, and as often as they like."""
+    assert openapi_document() == json.loads(openapi_json())
+    assert openapi_json() is openapi_json()
 
 
 def test_examples() -> None:

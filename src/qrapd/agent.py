@@ -218,10 +218,16 @@ class Agent:
         lag, self._lag = self._lag, 0.0
         return HostVitals(lag, self._adoption_seconds)
 
-    async def put(self, name: str, text: str) -> bool:
+    async def look_for(self, name: str) -> None:
         async with self._files:
             path = self._directory / "vms" / f"{name}.toml"
-            is_new = await anyio.to_thread.run_sync(vm_files.write, path, text)
+            if await anyio.to_thread.run_sync(path.is_file):
+                self._know(path)
+
+    async def put(self, name: str, text: str, *, only_new: bool = False) -> bool:
+        async with self._files:
+            path = self._directory / "vms" / f"{name}.toml"
+            is_new = await anyio.to_thread.run_sync(partial(vm_files.write, path, text, only_new=only_new))
             self._know(path).accept_file()
             return is_new
 

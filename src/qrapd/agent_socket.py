@@ -8,6 +8,7 @@ import fcntl
 import os
 import pwd
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +94,7 @@ class AgentSocket:
         self._path = path if given is None else None
         there = inherited if given is None else given
         self.listener = _listen(path) if there is None else socket.socket(fileno=there)
+        self._file = _identify(path)
 
     def hand_over(self) -> dict[str, int]:
         """The fd, for an agent that comes after this one in the same process, by its name."""
@@ -102,15 +104,22 @@ class AgentSocket:
 
     def close(self) -> None:
         """Listen no more. Where a socket unit listens it goes on."""
-        if self._path is not None:
+        if self._path is not None and _identify(self._path) == self._file:  # not what has taken its place
             self._path.unlink(missing_ok=True)
         self.listener.close()
 
 
 def _listen(path: Path) -> socket.socket:
+    try:
+        _make_room(path)
+        return _bind(path)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
+
+
+def _bind(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.unlink(missing_ok=True)  # of an agent that is gone: we have its lock
         # Not by a chmod, which would follow a link that was put in its place. At the start nobody else makes files.
         umask = os.umask(0o777 & ~MODE)
         try:
@@ -118,7 +127,38 @@ def _listen(path: Path) -> socket.socket:
         finally:
             os.umask(umask)
         listener.listen(BACKLOG)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise Unavailable(f"cannot listen on {path}: {error.strerror or error}") from error
+        raise
     return listener
+
+
+def _make_room(path: Path) -> None:
+    """Remove the socket of an agent that is gone, which nobody listens on any more.
+
+    :raise Unavailable: what is there is something else, or another agent's.
+    """
+    hint = "name another place: --socket PATH"
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise Unavailable(f"cannot listen on {path}: it is there, and is no socket", hint=hint)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+            caller.setblocking(False)  # where too many wait already: that is somebody, too
+            caller.connect(str(path))
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+        return
+    except BlockingIOError:
+        pass
+    raise Unavailable(f"cannot listen on {path}: somebody else does", hint=hint)
+
+
+def _identify(path: Path) -> tuple[int, int, int] | None:
+    """Which file has this name now. Its number alone does not tell: ext4 gives it to the next file."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns

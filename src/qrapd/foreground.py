@@ -226,7 +226,10 @@ class _Foreground:
     def vitals(self) -> HostVitals:
         return HostVitals(loop_lag_seconds=None)
 
-    async def put(self, name: str, text: str) -> bool:  # noqa: ARG002 (as the agent has it)
+    async def look_for(self, name: str) -> None:
+        """There is this one VM."""
+
+    async def put(self, name: str, text: str, *, only_new: bool = False) -> bool:  # noqa: ARG002 (as the agent has it)
         raise _takes_no_files(name)
 
     async def delete(self, name: str) -> None:

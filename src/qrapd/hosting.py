@@ -111,11 +111,15 @@ class Host(Protocol):
     def vitals(self) -> HostVitals:
         """Of this process."""
 
-    async def put(self, name: str, text: str) -> bool:
+    async def look_for(self, name: str) -> None:
+        """See whether there is a file of this name by now: then :attr:`vms` has the VM."""
+
+    async def put(self, name: str, text: str, *, only_new: bool = False) -> bool:
         """Write a VM's file; returns whether it is a new one. A VM that runs goes on by the old one until a reload.
 
         When this returns, :attr:`vms` has the VM.
 
+        :param only_new: leave alone a file that is there: then nothing was written if this returns False.
         :raise ConfigurationError: it is wrong, or has another ``name`` in it; nothing was written.
         :raise Conflict: whoever has this VM takes no files.
         """

@@ -95,9 +95,10 @@ def survey(vms: Path) -> dict[str, Found]:
     return found
 
 
-def write(path: Path, text: str) -> bool:
+def write(path: Path, text: str, *, only_new: bool = False) -> bool:
     """Write a VM's file, whole or not at all; returns whether it is a new one.
 
+    :param only_new: leave alone what is there: then nothing was written if this returns False.
     :raise ConfigurationError: it is wrong, or its name is not the file's; nothing was written.
     :raise Unavailable: it cannot be written.
     """
@@ -115,6 +116,8 @@ def write(path: Path, text: str) -> bool:
             file.write(text.encode())
             file.flush()
             os.fsync(fd)  # the host may lose its power: not the name without the contents
+        if only_new:
+            return _link(new, path)
         new.replace(path)
     except OSError as error:
         raise _not_changeable(path, error) from error
@@ -122,6 +125,15 @@ def write(path: Path, text: str) -> bool:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
     return is_new
+
+
+def _link(new: Path, path: Path) -> bool:
+    """Give a file its name if nothing else has it, whoever else tries that at the same time."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def remove(path: Path) -> None:

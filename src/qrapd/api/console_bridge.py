@@ -8,6 +8,7 @@ another qrapd may have it in a moment; 1008 denied, or one who does not read; 10
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio
@@ -26,9 +27,19 @@ it by its pings alone, as those wait behind what is not read."""
 CLOSE_SECONDS = 1.0
 """For a last word to one who may not read it."""
 
+_DENIED = 1008, "is no longer allowed"
 
-async def bridge(websocket: WebSocket, console: Console, history: bool) -> None:
+
+def _always() -> bool:
+    return True
+
+
+async def bridge(
+    websocket: WebSocket, console: Console, history: bool, *, may: Callable[[], bool] = _always
+) -> None:
     """Serve a console to one who may have it, until either side has had enough.
+
+    :param may: whether that one still may; asked before anything goes either way.
 
     Keep-alive by pings is the server's business.
     """
@@ -37,8 +48,8 @@ async def bridge(websocket: WebSocket, console: Console, history: bool) -> None:
     ending: tuple[int, str] | None = None
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_hand_in, websocket, attachment, tasks.cancel_scope)
-            ending = await _hand_out(websocket, attachment, console)
+            tasks.start_soon(_hand_in, websocket, attachment, tasks.cancel_scope, may)
+            ending = await _hand_out(websocket, attachment, console, may)
             if ending is not None:
                 tasks.cancel_scope.cancel()
             # Otherwise the other side has gone: what it typed before is still to be handed in.
@@ -51,7 +62,9 @@ async def bridge(websocket: WebSocket, console: Console, history: bool) -> None:
         await _close(websocket, *ending)
 
 
-async def _hand_out(websocket: WebSocket, attachment: Attachment, console: Console) -> tuple[int, str] | None:
+async def _hand_out(
+    websocket: WebSocket, attachment: Attachment, console: Console, may: Callable[[], bool]
+) -> tuple[int, str] | None:
     """What the guest says. Returns how to close; None if the other side has done so."""
     from starlette.websockets import WebSocketDisconnect
 
@@ -60,6 +73,8 @@ async def _hand_out(websocket: WebSocket, attachment: Attachment, console: Conso
             said = await attachment.receive()
         except anyio.EndOfStream:
             break
+        if not may():
+            return _DENIED
         try:
             with anyio.move_on_after(STALLED_SECONDS) as patience:
                 await websocket.send_bytes(said)
@@ -72,11 +87,16 @@ async def _hand_out(websocket: WebSocket, attachment: Attachment, console: Conso
     return 1012, "qrapd has let go of the VM, which runs on"
 
 
-async def _hand_in(websocket: WebSocket, attachment: Attachment, both: anyio.CancelScope) -> None:
+async def _hand_in(
+    websocket: WebSocket, attachment: Attachment, both: anyio.CancelScope, may: Callable[[], bool]
+) -> None:
     """What is typed, until the other side is gone."""
     while True:
         message = await websocket.receive()
         if message["type"] != "websocket.receive":
+            break
+        if not may():
+            await _close(websocket, *_DENIED)
             break
         typed = message.get("bytes")
         if typed is None:  # by hand it is easier to send text

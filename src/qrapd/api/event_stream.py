@@ -32,13 +32,19 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class EventStream:
-    """A response, as ASGI has it."""
+    """A response, as ASGI has it.
 
-    def __init__(self, log: EventLog, *, after: str | None, vm: str | None, follow: bool) -> None:
+    :param may: whether the client still may; it ends where it may not.
+    """
+
+    def __init__(
+        self, log: EventLog, *, after: str | None, vm: str | None, follow: bool, may: Callable[[], bool]
+    ) -> None:
         self._log = log
         self._after = after
         self._vm = vm
         self._follow = follow
+        self._may = may
         self.keep_alive_seconds = KEEP_ALIVE_SECONDS
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -70,6 +76,8 @@ class EventStream:
                         block = _block(await reader.receive())
                     except anyio.EndOfStream:
                         return
+                if not self._may():
+                    return
                 await send({"type": "http.response.body", "body": block, "more_body": True})
 
     async def _read_log(self, writer: MemoryObjectSendStream[Entry | Missed]) -> None:

@@ -18,7 +18,8 @@ class Limits:
     kept: int = 64
     """Of all these, only for root and the serving user: others cannot lock them out."""
     per_uid: int = 64
-    """Of one user: a terminal at each of some tens of VMs, but not all that there is."""
+    """Of one user, other than root and the serving one: a terminal at each of some tens of VMs, but not all that there
+    is."""
     head_bytes: int = 16 * 1024
     """Request line and headers. Ours have some hundred bytes; nginx and Apache take 8 KiB for a line."""
     request_seconds: float = 10

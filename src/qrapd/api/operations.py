@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from qrapd.api.openapi import Answer, Content, Operation, Parameter, document
 from qrapd.config import NAME_PATTERN, VmFile
 from qrapd.vm_status import VmStatus
 
-__all__ = ["CONSOLE_PATH", "OPERATIONS", "openapi_document"]
+__all__ = ["CONSOLE_PATH", "OPERATIONS", "openapi_document", "openapi_json"]
 
 CONSOLE_PATH = "/v1/vms/{name}/console"
 """A WebSocket, which OpenAPI has no words for."""
@@ -117,7 +118,7 @@ OPERATIONS = (
         "What happens, as server-sent events",
         _READ,
         {200: Answer("one after the other; the schema is that of each", [Content("text/event-stream", ServerEvent)])},
-        (422,),
+        (404, 422),
         (
             Parameter("vm", "query", "only of this VM", {"type": "string", "pattern": NAME_PATTERN}, "web"),
             Parameter(
@@ -130,7 +131,7 @@ OPERATIONS = (
             Parameter(
                 "follow",
                 "query",
-                "false: end after what has been",
+                "false: end after what has been, or 404 where there is no such VM and nothing is kept of one",
                 {"type": "boolean", "default": True},
                 False,
             ),
@@ -169,3 +170,9 @@ the terminal, both ways; `?history=true` first sends what the guest said before.
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI document; made when it is first asked for."""
     return document(OPERATIONS, ProblemDocument, title="qrapd", version=__version__, description=_DESCRIPTION)
+
+
+@cache
+def openapi_json() -> bytes:
+    """The same as it is sent. It is large, everybody may ask for it, and to write it takes the event loop 1 ms."""
+    return json.dumps(openapi_document(), ensure_ascii=False, separators=(",", ":")).encode()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import select
 from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
@@ -33,6 +35,9 @@ __all__ = ["Connections", "forward_errors", "make_config", "make_protocol"]
 
 _TURN = 0.01
 """Seconds for others to have their turn, at the end of the server."""
+
+_AUTHORITY = re.compile(rb"https?://[^/?]*", re.IGNORECASE)
+"""What a target in absolute form has before the path."""
 
 
 class Connections:
@@ -94,31 +99,48 @@ class _SlowReader:
 
 
 class _Parser(h11.Connection):
-    """Remembers which status fits the fault that it found: uvicorn answers 400 to all."""
+    """Takes targets in absolute form, too, and remembers which status fits a fault: uvicorn answers 400 to all."""
 
     fault_status = 400
 
     def next_event(self) -> Any:
         try:
-            return super().next_event()
+            event = super().next_event()
         except h11.RemoteProtocolError as error:
             self.fault_status = error.error_status_hint
             raise
+        return _in_origin_form(event) if isinstance(event, h11.Request) else event
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """As clients of a proxy ask; a server has to take it (RFC 9112, 3.2.2). There is one host here."""
+    if (found := _AUTHORITY.match(request.target)) is None:
+        return request
+    rest = request.target[found.end() :]
+    return h11.Request(
+        method=request.method,
+        target=rest if rest.startswith(b"/") else b"/" + rest,
+        headers=list(request.headers),
+        http_version=request.http_version,
+    )
 
 
 class HttpProtocol(_SlowReader, H11Protocol):
     """One connection, until it is closed or becomes a WebSocket."""
 
     def __init__(self, config: Config, shared: Connections, peer: Peer, on_end: Callable[[], None]) -> None:
-        super().__init__(config, cast("ServerState", shared), {"peer": peer}, asyncio.get_running_loop())
+        state = {"peer": peer, "gone": (gone := asyncio.Event())}
+        super().__init__(config, cast("ServerState", shared), state, asyncio.get_running_loop())
         self.limits = shared.limits
         self.patience = shared.limits.write_seconds
         self.on_end = on_end
+        self.gone = gone
         self.conn = _Parser(h11.SERVER, self.limits.head_bytes)
         self.ws_protocol_class = self._become_websocket  # type: ignore[assignment]  # a class, which is called as well
         self._request_timer: asyncio.TimerHandle | None = None
         self._waits_for: object = None
         self._upgraded = False
+        self._half_closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
@@ -130,7 +152,22 @@ class HttpProtocol(_SlowReader, H11Protocol):
         self._stop_request_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self.gone.set()
         self.on_end()
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's closes always
+        """Whoever has said all, and still listens, gets the answer to what was said."""
+        under_way = self.cycle is not None and not self.cycle.response_complete
+        if under_way and self.conn.their_state is not h11.SEND_BODY and not _has_hung_up(self.transport):
+            self._half_closed = True
+            return True
+        return None
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # Otherwise the answer was to one of several requests that had come together.
+        if self._half_closed and self.cycle.response_complete:
+            self.transport.close()
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -190,9 +227,14 @@ class HttpProtocol(_SlowReader, H11Protocol):
     def _become_websocket(
         self, config: Config, server_state: ServerState, app_state: dict[str, Any]
     ) -> WebSocketProtocol:
-        return WebSocketProtocol(config, cast("Connections", server_state), app_state, self.on_end)
+        return WebSocketProtocol(config, cast("Connections", server_state), app_state, self._end_websocket)
+
+    def _end_websocket(self) -> None:
+        self.gone.set()
+        self.on_end()
 
     def shutdown(self) -> None:
+        self.gone.set()
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
@@ -246,6 +288,13 @@ class WebSocketProtocol(_SlowReader, WebSocketsSansIOProtocol):
         if not self.read_paused:
             self.transport.resume_reading()
         super().resume_writing()
+
+
+def _has_hung_up(transport: asyncio.Transport) -> bool:
+    """Whether the other end is closed, and not only for writing; both look the same to who reads."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def make_config(app: Any, limits: Limits) -> Config:
