@@ -226,9 +226,11 @@ def test_ctrl_c_leaves_the_vm_as_it_is(place: Path, host: FakeHost) -> None:
             time.sleep(0.02)
         terminal.child.sendintr()
         code, shown = terminal.finish()
-    assert 1 == code
+    assert 130 == code
     assert "no longer waited for; what was begun goes on" in shown
     assert "Traceback" not in shown
+    assert shown.rstrip("\r\n").endswith("See: qrapd show web\r\n".rstrip())
+    assert not shown.endswith("\r\n\r\n")
     assert 1 == sum(call.startswith("POST") for call in host.calls)
 
 
@@ -243,7 +245,7 @@ ERRORS = {
     "no name": (["show", "../x"], 2, "is no VM's name"),
     "stop what": (["stop"], 2, "say which VM is meant"),
     "stop both": (["stop", "web", "--all"], 2, "say which VM is meant"),
-    "no file": (["stop", "nix"], 78, "there is no such file"),
+    "no file": (["stop", "./nix.toml"], 78, "there is no such file"),
     "no such forward": (["forward", "remove", "web", "1:1", "--link", "0"], 69, "hint: it forwards 8080:80"),
 }
 
@@ -294,6 +296,38 @@ def test_stop_all(place: Path, host: FakeHost) -> None:
     assert (0, "", "") == (ended.returncode, ended.stdout, ended.stderr)
     assert {"exited"} == {host.vms[name]["state"] for name in ("web", "two", "db")}
     assert 2 == sum(call.startswith("POST") for call in host.calls)
+
+
+def test_stop_of_what_nobody_knows(place: Path) -> None:
+    """It does not run, which is what was wanted; and a typing error is seen."""
+    ended = ask(place, "stop", "nix", HOME=str(place))
+    assert (0, "nix: does not run; nothing is known of a VM of that name\n") == (
+        ended.returncode,
+        ended.stderr,
+    )
+
+
+def test_stop_all_finds_what_could_not_be_taken_over(place: Path, host: FakeHost) -> None:
+    """Its host says that it has failed; the record says that QEMU runs. The others that have failed are left alone."""
+    leave_record(place, "bad", ProcessId(os.getpid(), start_time(os.getpid())))
+    assert 0 == ask(place, "stop", "--all").returncode
+    assert {"POST /v1/vms/web/stop", "POST /v1/vms/bad/stop"} == {
+        call for call in host.calls if call.startswith("POST")
+    }
+
+
+def test_stop_all_of_one_that_ends_badly(place: Path, host: FakeHost) -> None:
+    """It has failed before it is waited for: by how it was before it was told, that is no VM that did not run."""
+    original = host.change
+
+    def change(name: str, **fields: Any) -> None:
+        original(name, **{**fields, "state": "failed", "error": "a disk is full"})
+
+    host.change = change  # type: ignore[method-assign]
+    host.vms["late"] = status("late")  # told first, and waited for first
+    host.vms["zoo"] = status("zoo")
+    ended = ask(place, "stop", "--all")
+    assert (1, 3) == (ended.returncode, ended.stderr.count("has failed: a disk is full")), ended.stderr
 
 
 @pytest.mark.parametrize("command", ["kill", "restart"])
@@ -357,6 +391,14 @@ def test_kill_where_nobody_answers(place: Path) -> None:
             assert -signal.SIGKILL == qemu.wait(PATIENCE)
         finally:
             qemu.kill()
+    with subprocess.Popen(["sleep", "600"]) as qemu:
+        try:
+            write(record_path, Record(ProcessId(qemu.pid, start_time(qemu.pid))))
+            ended = ask(place, "kill", "left", "--json")
+            assert (0, "") == (ended.returncode, ended.stderr)
+            assert ("left", None) == tuple(json.loads(ended.stdout)[key] for key in ("name", "qemu_pid"))
+        finally:
+            qemu.kill()
 
 
 @pytest.mark.parametrize("command", ["kill", "stop"])
@@ -394,6 +436,76 @@ def test_a_vm_of_a_shell(place: Path) -> None:
         ended = ask(place / "run", "stop", "shell", "--json")
         assert (0, "exited") == (ended.returncode, json.loads(ended.stdout)["state"])
         assert 0 == run.process.wait(PATIENCE)
+
+
+def test_a_vm_of_a_shell_by_its_name(place: Path) -> None:
+    """Told by name, whose file is somewhere else; by the file, once that has gone, with a word on the name."""
+    vm = write_vm(place, "shell", args=["-S"])
+    with Run(vm.path, place / "run") as run:
+        run.wait_for("vm.ready")
+        text = vm.path.read_text()
+        vm.path.write_text(text + "[nonsense]\n")
+        ended = ask(place / "run", "reload", "shell")
+        assert (78, True) == (ended.returncode, f"{vm.path}: nonsense" in ended.stderr), ended.stderr
+        vm.path.write_text(text.replace("[qemu]", "[qemu]\npowerdown_timeout = 1", 1))
+        ended = ask(place / "run", "reload", "shell")
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert f"its supervisor (pid {run.process.pid}) reads the file again" in ended.stdout
+        run.wait_for("vm.reloaded")
+        ended = ask(place / "run", "upgrade", "shell")
+        assert (0, "") == (ended.returncode, ended.stderr)
+        run.wait_for("vm.adopted")
+        vm.path.rename(place / "other.toml")
+        for command in ("stop", "reload", "upgrade"):
+            ended = ask(place / "run", command, vm.path)
+            assert 78 == ended.returncode
+            assert f"hint: a VM shell runs: qrapd {command} shell" in ended.stderr
+        for _ in range(2):
+            assert 0 == ask(place / "run", "stop", "shell", HOME=str(place)).returncode
+        assert 0 == run.process.wait(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["web", "--no-wait"], ["--all", "--no-wait"], ["web", "--timeout", "0.1"]]
+)
+def test_a_stop_of_what_is_left_goes_on_by_itself(place: Path, arguments: list[str]) -> None:
+    """Nobody waits for a guest that takes its time, and it is being stopped all the same."""
+    vm = write_vm(place, "web", qemu="powerdown_timeout = 60")
+    directory = VmDirectory(place / "run", "web")
+    with Run(vm.path, place / "run") as run:
+        run.wait_for("vm.ready")
+        run.process.kill()
+        run.process.wait(PATIENCE)
+        ended = ask(place / "run", "stop", *arguments, HOME=str(place))
+        assert run.children[run.last("vm.started")["qemu_pid"]].alive
+        if "--timeout" in arguments:
+            assert 69 == ended.returncode
+            assert "web: it still runs after 0.1 s" in ended.stderr
+        else:
+            assert (0, "") == (ended.returncode, ended.stderr)
+        deadline = time.monotonic() + PATIENCE
+        while directory.supervisor_pid() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # The second signal takes the next step.
+        assert 0 == ask(place / "run", "stop", "web", "--no-wait").returncode
+        assert 0 == ask(place / "run", "stop", "web").returncode
+        run.assert_nothing_left()
+
+
+def test_a_stop_of_what_is_left_within_its_time(place: Path) -> None:
+    """The log of the taking over comes out, as without a limit, and what has failed is a failure."""
+    vm = write_vm(place, "web", args=["-S"], qemu="powerdown_timeout = 0")
+    with Run(vm.path, place / "run") as run:
+        run.wait_for("vm.ready")
+        run.process.kill()
+        run.process.wait(PATIENCE)
+        ended = ask(place / "run", "stop", vm.path, "--timeout", "60", "--json")
+        assert (0, "exited") == (ended.returncode, json.loads(ended.stdout)["state"])
+        assert '"vm.exited"' in ended.stderr
+        run.assert_nothing_left()
+    ended = ask(place / "run", "stop", vm.path, "--no-wait", "--json")
+    assert (0, "exited") == (ended.returncode, json.loads(ended.stdout)["state"]), "nothing is begun"
 
 
 def test_stop_all_of_a_shell(place: Path) -> None:
@@ -445,6 +557,32 @@ def test_events(place: Path, host: FakeHost) -> None:
     ]
     assert ["vm.ready", "vm.exited"] == [event["event"] for event in one]
     assert {"web"} == {event["vm"] for event in one}
+
+
+def test_events_where_some_do_not_tell(place: Path, host: FakeHost) -> None:
+    """Whom nobody can ask any more hides nothing; who refuses, or breaks off, is told of, and the status says it."""
+    host.tell("vm.ready", vm="web", status="running", links=1)
+    with mute(place / "dead/control.sock"):
+        pass
+    ended = ask(place, "events")
+    assert (0, "", True) == (ended.returncode, ended.stderr, "web: the machine is running" in ended.stdout)
+    with FakeHost().serve(place / "closed/control.sock"):
+        ended = ask(place, "events")
+        assert (69, True) == (ended.returncode, "web: the machine is running" in ended.stdout)
+        assert "the user 1 may not do this" in ended.stderr
+        assert 69 == ask(place, "events", "--socket", place / "closed/control.sock").returncode
+
+
+def test_events_of_one_that_had_no_room(place: Path, host: FakeHost) -> None:
+    """It is asked again, and complained of once."""
+    host.busy = 2
+    host.tell("vm.ready", vm="db", status="running", links=0)
+    with Terminal(place, "events", "--follow") as terminal:
+        terminal.child.expect_exact("there is no room for another one")
+        terminal.child.expect_exact("db: the machine is running")
+        assert "no room" not in terminal.child.before
+        terminal.child.sendintr()
+        assert 0 == terminal.finish()[0]
 
 
 def test_events_as_they_come(place: Path, host: FakeHost) -> None:
@@ -500,8 +638,10 @@ def test_completion_scripts(shell: str) -> None:
 
 def test_completion_in_bash(place: Path) -> None:
     """Bash completes a VM's name, by the script, in a directory of VM files and a runtime directory."""
-    for directory in ("config/qrapd/vms", "run/webcam", "run/other"):
+    for directory in ("config/qrapd/vms", "run/webcam", "run/other", "run/webless"):
         (place / directory).mkdir(parents=True)
+    for directory in ("run/webcam", "run/other"):  # of the third one nothing is left
+        (place / directory / "record.json").touch()
     (place / "config/qrapd/vms/website.toml").touch()
     script = (
         f"source <({sys.executable} -m qrapd completion bash); "

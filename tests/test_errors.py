@@ -27,6 +27,7 @@ def test_exit_statuses_are_those_that_units_and_scripts_rely_on() -> None:
     expected = {
         "OK": 0, "FAILED": 1, "USAGE": 2, "UNAVAILABLE": 69,
         "BUG": 70, "ALREADY_SUPERVISED": 75, "CONFIGURATION": 78,
+        "INTERRUPTED": 130,
     }  # fmt: skip
     assert expected == {status.name: status.value for status in ExitStatus}
 

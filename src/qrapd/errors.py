@@ -50,6 +50,8 @@ class ExitStatus(enum.IntEnum):
     BUG = 70
     ALREADY_SUPERVISED = 75
     CONFIGURATION = 78
+    INTERRUPTED = 130
+    """by Ctrl-C: 128 and the number of SIGINT, as shells have it"""
 
 
 class QrapdError(Exception):

@@ -43,15 +43,14 @@ def find_supervisor(base: Path, name: str) -> ProcessId:
     )
 
 
-def wait_for_end(process: ProcessId) -> None:
-    """Wait until exactly this process has ended."""
+def wait_for_end(process: ProcessId, timeout: float | None = None) -> bool:
+    """Wait until exactly this process has ended. Returns whether it has: False after ``timeout`` seconds."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
-        return
+        return True
     try:
-        if process.alive:
-            select.select([pidfd], [], [])
+        return not process.alive or bool(select.select([pidfd], [], [], timeout)[0])
     finally:
         os.close(pidfd)
 

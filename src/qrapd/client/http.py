@@ -16,7 +16,7 @@ import httpx
 from qrapd.client.stream import EventReader, ServerEvent
 from qrapd.errors import ConfigurationError, Conflict, Problem, QrapdError, Unavailable, Unknown, UsageError
 
-__all__ = ["ANSWER_TIMEOUT", "Client", "Status", "Unreachable", "error_of"]
+__all__ = ["ANSWER_TIMEOUT", "Client", "Forbidden", "Status", "Unreachable", "error_of"]
 
 Status = dict[str, Any]
 """A VM's status as JSON has it: :class:`qrapd.vm_status.VmStatus`."""
@@ -34,9 +34,6 @@ and anyio 4.16 waits for room in there without rest, at the cost of a processor.
 
 SILENCE = 60.0
 """Seconds without even a comment, of which one comes every 15 s, after which a stream of events is taken for lost."""
-
-QUIET = 0.5
-"""Seconds of silence after which a server that does not end its stream has told all that there was."""
 
 _RETRY = 0.2
 
@@ -58,6 +55,10 @@ class Unreachable(Unavailable):
         super().__init__(words[cause] + (f": {detail}" if detail else ""), hint=hint)
         self.socket = socket
         self.cause = cause
+
+
+class Forbidden(Unavailable):
+    """Not for this user, who need not ask again."""
 
 
 class Client:
@@ -162,7 +163,8 @@ class Client:
         if after is not None:
             parameters["after"] = after
         headers = {"Accept": "text/event-stream"}
-        reader, quiet = EventReader(), SILENCE if follow else QUIET
+        # What is kept comes at once, and the server ends the stream.
+        reader, quiet = EventReader(), SILENCE if follow else self._timeout
         timeout = _timeouts(self._timeout, read=max(self._timeout, quiet))
         try:
             async with self._http.stream(
@@ -175,8 +177,10 @@ class Client:
                 while True:
                     chunk = None
                     # Around this one wait only: no scope may stay open while the caller has its turn.
-                    with anyio.move_on_after(quiet):
+                    with anyio.move_on_after(quiet) as waiting:
                         chunk = await anext(chunks, None)
+                    if waiting.cancelled_caught and not follow:
+                        raise Unreachable(self.socket, "silent")
                     if chunk is None:
                         return
                     for event in reader.feed(chunk):
@@ -251,7 +255,7 @@ def error_of(status: int, problem: Any, socket: Path) -> QrapdError:
     if status in (httpx.codes.CONFLICT, httpx.codes.PRECONDITION_FAILED):
         return Conflict(message, hint=hint)
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        return Unavailable(message, hint=hint or "do this as the user who runs it, or as root")
+        return Forbidden(message, hint=hint or "do this as the user who runs it, or as root")
     if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE):
         return Unavailable(message, hint=hint)
     if status in (httpx.codes.BAD_REQUEST, httpx.codes.UNPROCESSABLE_ENTITY):

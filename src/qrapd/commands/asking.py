@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -39,10 +40,23 @@ LOST_PATIENCE = 10.0
 
 def run(job: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """Run a command's work; errors come out of the tasks they passed through as they were."""
+
+    async def work() -> Result:
+        asyncio.get_running_loop().set_exception_handler(_report)
+        return await job()
+
     try:
-        return anyio.run(job)
+        return anyio.run(work)
     except BaseExceptionGroup as group:
         raise root_cause(group) from None
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio has to say where no task could be told."""
+    # anyio 4.16 has a future of its own completed by the data on a socket, also in the moment in which a wait for
+    # them was cancelled: nobody waits for that future any more, and the end of a command is no time for a traceback.
+    if not isinstance(context.get("exception"), asyncio.InvalidStateError):
+        loop.default_exception_handler(context)
 
 
 # --- who has it ---------------------------------------------------------------------------------------
@@ -101,10 +115,7 @@ def _refuse_silent(places: Places, name: str) -> None:
             f"{name}: {left['error']}",
             hint="try again when it is up; its log tells how far it is: `qrapd logs`",
         )
-    raise Unavailable(
-        f"{name}: {left['error']}",
-        hint="`qrapd run` takes over what it has left, and `qrapd stop` ends it",
-    )
+    raise Unavailable(f"{name}: {left['error']}", hint=left.get("hint") or f"`qrapd stop {name}` clears up")
 
 
 def _unknown(places: Places, name: str) -> QrapdError:
@@ -229,6 +240,7 @@ def _gone(name: str) -> Status:
         "restarts": 0,
         "links": [],
         "error": error,
+        "hint": None,
     }
 
 
@@ -272,7 +284,10 @@ def carry_out(
 
 @contextlib.contextmanager
 def interruptible(name: str, doing: str) -> Iterator[None]:
-    """Ctrl-C ends the wait, and nothing else."""
+    """Ctrl-C ends the wait, and nothing else.
+
+    :raise click.exceptions.Exit: with the status for that; click would write an empty line for a KeyboardInterrupt.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -280,7 +295,7 @@ def interruptible(name: str, doing: str) -> Iterator[None]:
             f"{name}: no longer waited for; what was begun goes on ({doing}). See: qrapd show {name}",
             err=True,
         )
-        raise
+        raise click.exceptions.Exit(ExitStatus.INTERRUPTED) from None
 
 
 def tell_end(ended: Ended, *, as_json: bool) -> int:
@@ -294,6 +309,8 @@ def tell_end(ended: Ended, *, as_json: bool) -> int:
         return ExitStatus.OK
     if not verdict.ok:
         click.echo(f"{ended.name}: {verdict.words}", err=True)
+        if verdict.hint:
+            click.echo(f"  hint: {verdict.hint}", err=True)
         return ExitStatus.FAILED
     if in_terminal() and not as_json:
         click.echo(f"{ended.name}: {verdict.words} ({ended.seconds:.1f} s)")

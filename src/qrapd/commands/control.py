@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,12 +108,15 @@ def kill(
     except (Unreachable, Unavailable, Unknown) as error:
         if where.socket is not None:
             raise
-        return _kill_left(where, name, error)
+        return _kill_left(where, name, error, wait=not no_wait, timeout=timeout, as_json=as_json)
 
 
-def _kill_left(where: Places, name: str, error: QrapdError) -> int:
+def _kill_left(
+    where: Places, name: str, error: QrapdError, *, wait: bool, timeout: float | None, as_json: bool
+) -> int:
     """Kill the QEMU that the VM's record names."""
     from qrapd import record, running
+    from qrapd.client.places import look
     from qrapd.commands.owner import become_owner
     from qrapd.runtime_directory import VmDirectory
 
@@ -129,8 +133,16 @@ def _kill_left(where: Places, name: str, error: QrapdError) -> int:
         raise Unavailable(
             f"cannot kill QEMU (pid {found.qemu.pid}) of {name}: it has ended, or is another user's"
         ) from None
-    running.wait_for_end(found.qemu)
-    click.echo(f"{name}: nobody answers for it ({error.message}); its QEMU (pid {found.qemu.pid}) was killed")
+    if wait and not running.wait_for_end(found.qemu, timeout):
+        raise Unavailable(
+            f"{name}: its QEMU (pid {found.qemu.pid}) was killed, and is still there after {timeout:g} s",
+            hint="it waits for the host, such as for a disk that does not answer, and ends after that",
+        )
+    if as_json:
+        click.echo(json.dumps(look(where.base, name), ensure_ascii=False))
+    else:
+        words = f"nobody answers for it ({error.message}); its QEMU (pid {found.qemu.pid}) was killed"
+        click.echo(f"{name}: {words}")
     return ExitStatus.OK
 
 
@@ -139,7 +151,7 @@ def link() -> None:
     """A VM's way to the host, one of each network interface."""
 
 
-@link.command()
+@link.command(short_help="Replace a link's passt, and wait for the network.")
 @name_argument()
 @click.argument("index", type=click.IntRange(0), required=False)
 @wait_options

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -45,40 +46,62 @@ def events(
     """Show the last events of one VM or of all: starts and ends, and links lost and restored.
 
     They are kept as long as their supervisor or agent lasts; the journal has older ones, and what guests write:
-    `qrapd logs`.
+    `qrapd logs`. Ends with 69 if some may be missing, because somebody did not answer.
     """
     from qrapd.commands.asking import run
 
     where = places(runtime_dir, socket)
-    try:
-        run(lambda: _follow(where, name, as_json) if follow else _show_kept(where, name, as_json))
-    except KeyboardInterrupt:
-        if not follow:
-            raise
-    return ExitStatus.OK  # Ctrl-C is how following ends
+    if not follow:
+        return run(lambda: _show_kept(where, name, as_json))
+    with contextlib.suppress(KeyboardInterrupt):  # that is how following ends
+        run(lambda: _follow(where, name, as_json))
+    return ExitStatus.OK
 
 
-async def _show_kept(where: Places, name: str | None, as_json: bool) -> None:
-    kept = []
+async def _show_kept(where: Places, name: str | None, as_json: bool) -> int:
+    """Returns the exit status: of all VMs, that of whoever does not tell is no reason to hide what others do."""
+    from qrapd.client.http import Unreachable
+    from qrapd.commands.complaints import complain
+    from qrapd.errors import QrapdError
+
+    kept: list[ServerEvent] = []
+    problems: list[QrapdError] = []
     for socket in await _sockets(where, name):
-        kept += [event async for event in _read(socket, name, follow=False)]
+        try:
+            kept += [event async for event in _read(socket, name, follow=False)]
+        except QrapdError as error:
+            if where.socket is not None or name is not None:
+                raise
+            # One that was killed leaves its socket: nobody is there who could know of more.
+            if not (isinstance(error, Unreachable) and error.cause in ("absent", "refused")):
+                problems.append(error)
     for event in sorted(kept, key=lambda event: str(event.fields.get("timestamp") or "")):
         show_event(event, as_json=as_json)
+    for problem in problems:
+        complain(problem)
+    return ExitStatus.UNAVAILABLE if problems else ExitStatus.OK
 
 
 async def _follow(where: Places, name: str | None, as_json: bool) -> None:
     import anyio
 
-    from qrapd.client.http import Unreachable
+    from qrapd.client.http import Forbidden, Unreachable
     from qrapd.commands.complaints import complain
     from qrapd.errors import QrapdError
 
     reading: set[Path] = set()
     refused: set[Path] = set()
+    complaints: dict[Path, str] = {}
+
+    def complain_once(socket: Path, error: QrapdError) -> None:
+        if complaints.get(socket) != error.message:
+            complaints[socket] = error.message
+            complain(error)
 
     async def read(socket: Path) -> None:
         try:
             async for event in _read(socket, name, follow=True):
+                complaints.pop(socket, None)
                 show_event(event, as_json=as_json)
         except Unreachable as error:
             if where.socket is not None:
@@ -90,8 +113,10 @@ async def _follow(where: Places, name: str | None, as_json: bool) -> None:
         except QrapdError as error:
             if where.socket is not None or name is not None:
                 raise
-            refused.add(socket)
-            complain(error)
+            # Who has no room just now may have some later.
+            if isinstance(error, Forbidden):
+                refused.add(socket)
+            complain_once(socket, error)
         finally:
             reading.discard(socket)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import click
 
 from qrapd.commands.asking import Ended, Request, carry_out, host_of, interruptible, progress, request, run
 from qrapd.commands.complaints import complain
+from qrapd.commands.lookup import agent_has, own_supervisor, read_file
 from qrapd.commands.options import (
     client_options,
     file_argument,
@@ -26,7 +29,7 @@ from qrapd.commands.options import (
 )
 from qrapd.commands.owner import become_owner
 from qrapd.commands.tables import in_terminal
-from qrapd.errors import ExitStatus, QemuFailed, QrapdError, Unavailable, Unknown, UsageError
+from qrapd.errors import ExitStatus, QemuFailed, QrapdError, Unavailable, UsageError
 
 if TYPE_CHECKING:
     from qrapd.client.http import Client, Status
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from qrapd.plan import Plan
     from qrapd.record import ProcessId
 
-__all__ = ["agent_has", "own_supervisor", "stop"]
+__all__ = ["stop"]
 
 
 @click.command()
@@ -93,16 +96,27 @@ class _Stopping:
             return self._by_agent(file if is_name(file) else read_plan(file).name)
         name = file
         if not is_name(file):
-            plan = read_plan(file)
+            plan = read_file(self._where, file)
             name = plan.name
         status = self._stop_running(name)
         if status is not None:
             return status
         if plan is None:
             plan = self._read_plan(file)
+            if plan is None:
+                click.echo(f"{name}: does not run; nothing is known of a VM of that name", err=True)
+                self._tell(name, "exited")
+                return ExitStatus.OK
             if plan.name != name and (status := self._stop_running(plan.name)) is not None:
                 return status
-        return self._stop_left(plan)
+        if (self._wait and self._timeout is None) or not self._is_left(plan.name):
+            return self._stop_left(plan)
+        wait = self._begin_left(file, plan.name)
+        with interruptible(name, "stopping"), progress(f"{name}: stopping…"):
+            status = wait() if self._wait else ExitStatus.OK
+        if not status:
+            self._tell(plan.name, "exited" if self._wait else "stopping")
+        return status
 
     def _stop_running(self, name: str) -> int | None:
         """None: nobody has it."""
@@ -134,25 +148,73 @@ class _Stopping:
         except Unavailable as error:
             raise Unavailable(f"{name}: {error.message}", hint=error.hint) from None
 
-    def _await_process(self, name: str, supervisor: ProcessId) -> None:
-        if not _ends_within(supervisor, self._timeout):
-            raise Unavailable(
-                f"{name}: it still runs after {self._timeout:g} s, and is no longer waited for",
-                hint=f"what was begun goes on: qrapd show {name}",
-            )
+    def _await_process(self, name: str, supervisor: ProcessId) -> int:
+        from qrapd import running
 
-    def _read_plan(self, name: str) -> Plan:
-        """By the file; where that is wrong, or gone, what was left is known by its record well enough to be stopped."""
+        if not running.wait_for_end(supervisor, self._timeout):
+            raise self._too_long(name)
+        return ExitStatus.OK
+
+    def _too_long(self, name: str) -> Unavailable:
+        return Unavailable(
+            f"{name}: it still runs after {self._timeout:g} s, and is no longer waited for",
+            hint=f"what was begun goes on: qrapd show {name}",
+        )
+
+    def _read_plan(self, name: str) -> Plan | None:
+        """By the file; where that is wrong, or gone, what was left is known by its record well enough to be stopped.
+
+        None: there is neither.
+        """
         from qrapd import vm_files
         from qrapd.plan import unreadable
-        from qrapd.runtime_directory import VmDirectory
 
+        file = vm_files.directory(os.environ, os.geteuid()) / f"{name}.toml"
         try:
             return read_plan(name)
         except QrapdError:
-            if not VmDirectory(self._where.base, name).record_path.exists():
-                raise
-            return unreadable(vm_files.directory(os.environ, os.geteuid()) / f"{name}.toml")
+            if self._is_left(name):
+                return unreadable(file)
+            try:
+                file.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError:
+                pass  # what is the matter has been said
+            raise
+
+    def _is_left(self, name: str) -> bool:
+        from qrapd.runtime_directory import VmDirectory
+
+        try:
+            return VmDirectory(self._where.base, name).record_path.exists()
+        except OSError:
+            return False  # whoever claims the directory has the words for it
+
+    def _begin_left(self, file: str, name: str) -> Callable[[], int]:
+        """Have a process of its own do that: it goes on when nobody waits any more. Returns the wait for its end."""
+        from qrapd.logs import choose_format
+
+        log_format = choose_format(os.environ, sys.stderr) if self._log_format == "auto" else self._log_format
+        # What it has to say is shown by whoever waits for it, and by nobody else.
+        log = tempfile.TemporaryFile()  # noqa: SIM115 (for as long as either of the two has it)
+        # -P: no modules from the directory where root happens to be.
+        command = [sys.executable, "-P", "-m", "qrapd", "stop", "--runtime-dir", str(self._where.base)]
+        command += ["--log-format", log_format, "--log-level", self._log_level, "--", file]
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
+
+        def wait() -> int:
+            try:
+                status = child.wait(self._timeout)
+            except subprocess.TimeoutExpired:
+                raise self._too_long(name) from None
+            log.seek(0)
+            click.echo(log.read(), err=True, nl=False)
+            return status
+
+        return wait
 
     def _stop_left(self, plan: Plan) -> int:
         """Take over what a supervisor has left, just to stop it."""
@@ -182,22 +244,23 @@ class _Stopping:
     def stop_all(self) -> int:
         """All are told first, and then waited for. What goes wrong with one is no reason to leave another."""
         from qrapd.client.survey import survey
-        from qrapd.client.waiting import OVER
 
         found = run(lambda: survey(self._where))
-        names = [vm["name"] for vm in found.vms if vm["state"] not in OVER or vm.get("qemu_pid")]
+        vms = {vm["name"]: vm for vm in found.vms if self._may_run(vm)}
+        problems, waits, worst = list(found.problems), [], 0
         # Root's own first: from the first one of another user on, this is that user.
-        names.sort(key=lambda name: _owner(self._where.base / name))
-        problems, waits = list(found.problems), []
-        for name in names:
+        for name in sorted(vms, key=lambda name: _owner(self._where.base / name)):
             try:
-                waits.append((name, self._begin(name)))
+                waits.append((name, self._begin(vms[name])))
             except QrapdError as error:
                 problems.append(error)
         for name, wait in waits if self._wait else ():
             try:
                 with interruptible(name, "stopping"), progress(f"{name}: stopping…"):
-                    wait()
+                    status = wait()
+                worst = worst or status
+                if status:
+                    continue
                 self._tell(name, "exited")
                 if in_terminal() and not self._as_json:
                     click.echo(f"{name}: has ended")
@@ -205,81 +268,51 @@ class _Stopping:
                 problems.append(error)
         for problem in problems:
             complain(problem)
-        return problems[0].exit_status if problems else ExitStatus.OK
+        return problems[0].exit_status if problems else worst
 
-    def _begin(self, name: str) -> Callable[[], object]:
+    def _may_run(self, vm: Status) -> bool:
+        """Whether there is something to be stopped: also a QEMU that its host could not take over."""
+        from qrapd.client.places import look
+        from qrapd.client.waiting import OVER
+
+        if vm["state"] not in OVER or vm.get("qemu_pid"):
+            return True
+        if self._where.socket is not None:
+            return False
+        try:
+            left = look(self._where.base, vm["name"])
+        except PermissionError:
+            return False
+        return left is not None and left["qemu_pid"] is not None
+
+    def _begin(self, vm: Status) -> Callable[[], int]:
         """Tell one to stop. Returns the wait for its end."""
+        name = vm["name"]
         if self._where.socket is None:
             if (supervisor := own_supervisor(self._where, name)) is not None:
                 self._begin_by_signal(name, supervisor)
                 return partial(self._await_process, name, supervisor)
             if not agent_has(self._where, name):
-                # Nobody can be told: taking it over is what takes the time, and comes with the waits.
-                return partial(self._stop_left, self._read_plan(name))
-        self._ask_agent(name, lambda client: client.act(name, "stop"), wait=False)
+                return self._begin_left(name, name)
+        self._ask_agent(vm, lambda client: client.act(name, "stop"), wait=False)
         # A second request might be the next, rougher step.
-        return partial(self._ask_agent, name, lambda client: client.vm(name), wait=True)
+        return partial(self._ask_agent, vm, lambda client: client.vm(name), wait=True)
 
-    def _ask_agent(self, name: str, begin: Callable[[Client], Awaitable[Status]], *, wait: bool) -> None:
+    def _ask_agent(self, before: Status, begin: Callable[[Client], Awaitable[Status]], *, wait: bool) -> int:
+        """``before``: how it was before it was told to stop."""
         from qrapd.client.waiting import stopped
+
+        name = before["name"]
+        asked = Request("stopping", begin, lambda history: stopped([before, *history]))
 
         async def job() -> Ended:
             async with host_of(self._where, name) as client:
-                return await request(
-                    client, name, Request("stopping", begin, stopped), wait=wait, timeout=self._timeout
-                )
+                return await request(client, name, asked, wait=wait, timeout=self._timeout)
 
         ended = run(job)
         if ended.verdict is not None and not ended.verdict.ok:
-            raise QemuFailed(f"{name}: {ended.verdict.words}")
-
-
-def own_supervisor(where: Places, name: str) -> ProcessId | None:
-    """The process that supervises this VM and no other; None: there is none, or it is an agent, with many.
-
-    :raise Unavailable: it is an agent that does not answer.
-    """
-    from qrapd import running
-    from qrapd.client.places import is_agent
-    from qrapd.runtime_directory import VmDirectory
-
-    try:
-        pid = VmDirectory(where.base, name).supervisor_pid()
-    except PermissionError:
-        # An agent's VMs are closed to those, too, who may speak with it.
-        if agent_has(where, name):
-            return None
-        return running.find_supervisor(where.base, name)  # has the words for it
-    if pid is None:
-        return None
-    if is_agent(pid):
-        if agent_has(where, name):
-            return None
-        raise Unavailable(
-            f"{name} is a VM of the agent (pid {pid}), and that does not answer on {where.agent}",
-            hint="see what its log says; if it hangs, kill it and start it again: its VMs run on",
-        )
-    try:
-        return running.find_supervisor(where.base, name)
-    except Unavailable:
-        return None  # it has just ended
-
-
-def agent_has(where: Places, name: str) -> bool:
-    """Whether the agent, if there is one, answers for this VM."""
-    if not where.agent.exists():
-        return False
-    from qrapd.client.http import Client, Unreachable
-
-    async def job() -> bool:
-        async with Client(where.agent) as client:
-            try:
-                await client.vm(name)
-            except (Unknown, Unreachable):
-                return False
-            return True
-
-    return run(job)
+            raise QemuFailed(f"{name}: {ended.verdict.words}", hint=ended.verdict.hint)
+        return ExitStatus.OK
 
 
 def _owner(directory: Path) -> int:
@@ -287,15 +320,3 @@ def _owner(directory: Path) -> int:
         return directory.lstat().st_uid
     except OSError:
         return 0
-
-
-def _ends_within(process: ProcessId, timeout: float | None) -> bool:
-    """Whether exactly this process ends in so many seconds."""
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return not process.alive or bool(select.select([pidfd], [], [], timeout)[0])
-    finally:
-        os.close(pidfd)

@@ -27,7 +27,7 @@ from qrapd.commands.options import (
     read_plan,
 )
 from qrapd.commands.owner import become_owner
-from qrapd.errors import ConfigurationError, ExitStatus, QrapdError, Unavailable
+from qrapd.errors import ConfigurationError, Conflict, ExitStatus, QrapdError, Unavailable
 from qrapd.failed_starts import FailedStarts, count_failures
 from qrapd.systemd import is_unit
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from qrapd.vm import Outcome
 
 __all__ = ["reload", "run", "upgrade", "wrap"]
+
+
+_READS = "its supervisor (pid {}) reads the file again; its log says what changes"
 
 
 @click.command()
@@ -62,24 +65,23 @@ def reload(file: str, runtime_dir: Path | None, socket: Path | None, **_: object
     """
     from qrapd import running
     from qrapd.client.places import is_name
+    from qrapd.commands.lookup import read_file
 
     where = places(runtime_dir, socket)
-    if is_name(file) and _agent_reloads(where, file):
+    if is_name(file) and (_agent_reloads(where, file) or _supervisor_reloads(where, file)):
         return
-    name = read_plan(file).name
+    name = read_file(where, file).name
     if name != file and _agent_reloads(where, name):
         return
     become_owner(where.base / name)
     supervisor = running.find_supervisor(where.base, name)
     running.tell(supervisor, signal.SIGHUP)
-    click.echo(
-        f"{name}: its supervisor (pid {supervisor.pid}) reads the file again; its log says what changes"
-    )
+    click.echo(f"{name}: {_READS.format(supervisor.pid)}")
 
 
 def _agent_reloads(where: Places, name: str) -> bool:
     """Ask the agent, if it has this VM."""
-    from qrapd.commands.stopping import agent_has, own_supervisor
+    from qrapd.commands.lookup import agent_has, own_supervisor
 
     if where.socket is None and (own_supervisor(where, name) is not None or not agent_has(where, name)):
         return False
@@ -95,6 +97,29 @@ def _agent_reloads(where: Places, name: str) -> bool:
     return True
 
 
+def _supervisor_reloads(where: Places, name: str) -> bool:
+    """Ask a VM's own supervisor, which may have been started by a file that has nothing to do with this name."""
+    from qrapd.client.http import Client, Unreachable
+    from qrapd.commands.asking import run as run_async
+    from qrapd.commands.lookup import own_supervisor
+
+    if where.socket is not None or (supervisor := own_supervisor(where, name)) is None:
+        return False
+
+    async def job() -> bool:
+        async with Client(where.control(name)) as client:
+            try:
+                await client.act(name, "reload")
+            except Unreachable:
+                return False  # it has no socket yet, or hangs: a signal waits for it
+        return True
+
+    if not run_async(job):
+        return False
+    click.echo(f"{name}: {_READS.format(supervisor.pid)}")
+    return True
+
+
 @click.command()
 @file_argument()
 @common_options
@@ -104,14 +129,24 @@ def upgrade(file: str, runtime_dir: Path | None, **_: object) -> None:
     The VM runs on, and its network, too.
     """
     from qrapd import running
+    from qrapd.client.places import is_agent
+    from qrapd.commands.lookup import agent_has, has_supervisor, read_file
 
-    name, base = read_plan(file).name, base_directory(runtime_dir)
-    become_owner(base / name)
-    supervisor = running.find_supervisor(base, name)
+    where = places(runtime_dir, None)
+    name = file if has_supervisor(where, file) else read_file(where, file).name
+    become_owner(where.base / name)
+    try:
+        supervisor = running.find_supervisor(where.base, name)
+    except Unavailable:
+        if not agent_has(where, name):
+            raise
+        raise Conflict(
+            f"{name} is a VM of the agent, and does not run",
+            hint="the agent is upgraded by: systemctl restart qrapd-agent",
+        ) from None
+    who = "the agent with all of its VMs" if is_agent(supervisor.pid) else "its supervisor"
     running.tell(supervisor, signal.SIGUSR2)
-    click.echo(
-        f"{name}: its supervisor (pid {supervisor.pid}) becomes qrapd {__version__}; its log says vm.adopted"
-    )
+    click.echo(f"{name}: {who} (pid {supervisor.pid}) becomes qrapd {__version__}; its log says vm.adopted")
 
 
 @click.command(
