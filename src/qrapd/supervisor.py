@@ -145,7 +145,7 @@ class Supervisor:
         :raise Conflict: it is to end for good.
         """
         if self._stopped.is_set():
-            raise Conflict("it is being stopped", hint="start it once it has ended")
+            raise Conflict(f"{self.plan.name} is being stopped", hint="start it once it has ended")
         if self._again:
             return  # it is on its way down already
         self._again = True

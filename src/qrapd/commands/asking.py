@@ -62,6 +62,10 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 # --- who has it ---------------------------------------------------------------------------------------
 
 
+class NoHost(Unknown):
+    """Nobody answers who could know the VM."""
+
+
 @asynccontextmanager
 async def host_of(places: Places, name: str) -> AsyncIterator[Client]:
     """Whoever takes calls for a VM: its own supervisor, or the agent.
@@ -118,15 +122,16 @@ def _refuse_silent(places: Places, name: str) -> None:
     raise Unavailable(f"{name}: {left['error']}", hint=left.get("hint") or f"`qrapd stop {name}` clears up")
 
 
-def _unknown(places: Places, name: str) -> QrapdError:
+def _unknown(places: Places, name: str) -> NoHost:
     message = f"there is no VM {name}, as far as {places.base} tells"
     with contextlib.suppress(OSError):
         if names := places.names():
-            return Unknown(message, hint=f"VMs there: {', '.join(names[:10])}")
+            return NoHost(message, hint=f"VMs there: {', '.join(names[:10])}")
         if places.base != HOSTS_AGENT.parent and HOSTS_AGENT.exists():
-            return Unknown(message, hint=f"this host's agent is asked by: --socket {HOSTS_AGENT}")
-    return Unknown(
-        message, hint="start it: `qrapd run`; or say where else to look: --runtime-dir DIR, --socket PATH"
+            return NoHost(message, hint=f"this host's agent is asked by: --socket {HOSTS_AGENT}")
+    return NoHost(
+        message,
+        hint=f"start it: `qrapd run {name}`; or say where else to look: --runtime-dir DIR, --socket PATH",
     )
 
 

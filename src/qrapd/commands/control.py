@@ -39,17 +39,15 @@ def start(
     The guest boots after that. A VM that runs already is left as it is, and that is an error.
     """
     from qrapd.client.waiting import started
-    from qrapd.commands.asking import Request, carry_out
+    from qrapd.commands.asking import NoHost, Request, carry_out
 
     where = places(runtime_dir, socket)
     asked = Request("starting", lambda client: client.act(name, "start"), started)
     try:
         return carry_out(where, name, asked, wait=not no_wait, timeout=timeout, as_json=as_json)
-    except Unknown as error:
-        if where.agent.exists():
-            raise
+    except NoHost as error:
         raise Unavailable(
-            f"{error.message}, and there is no agent that could start it: no socket {where.agent}",
+            f"{error.message}, and there is no agent that could start it: nobody listens on {where.agent}",
             hint=f"start the agent: `qrapd agent`; or run the VM without one: `qrapd run {name}`, "
             f"`systemctl start qrapd@{name}`",
         ) from None
