@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -101,4 +100,3 @@ def test_ignored_where_there_is_no_next(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, check=False, timeout=PATIENCE, cwd=tmp_path, env=environment)
     assert 0 == done.returncode
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

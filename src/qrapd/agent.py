@@ -241,8 +241,7 @@ class Agent:
             raise Unknown(f"there is no VM {name}")
         if vm.runs or vm.was_left:
             raise Conflict(f"{name} runs", hint=f"stop it first: qrapd stop {name}")
-        if vm.is_elsewhere:
-            raise Conflict(f"{name} has a supervisor of its own, a unit's or a shell's", hint="stop it first")
+        vm.refuse_if_elsewhere()
         await anyio.to_thread.run_sync(vm_files.remove, vm.path)
         if not vm.runs:
             self._vms.pop(name, None)

@@ -100,14 +100,6 @@ class AgentVm(SupervisedVm):
             return False  # another user's
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether somebody else supervises a VM of this name: a unit, or a shell."""
-        try:
-            return not self.runs and VmDirectory(self._shared.base, self.name).glance() is not None
-        except OSError:
-            return True
-
-    @property
     def status(self) -> VmStatus:
         """How it is now; where a unit or a shell has it, as far as its directory tells."""
         status = super().status
@@ -130,7 +122,7 @@ class AgentVm(SupervisedVm):
     async def start(self) -> None:
         if self.runs:
             await super().start()
-        self._refuse_if_elsewhere()
+        self.refuse_if_elsewhere()
         self._refuse_if_ending()
         self.begin(HandedOver())
 
@@ -148,7 +140,8 @@ class AgentVm(SupervisedVm):
         self.tracker.begin(datetime.now(UTC))
         self._shared.tasks.start_soon(self._live, handed, only_left)
 
-    def _refuse_if_elsewhere(self) -> None:
+    def refuse_if_elsewhere(self) -> None:
+        """:raise Conflict: a unit or a shell has it, whose supervisor is the one to be asked."""
         where = VmDirectory(self._shared.base, self.name)
         try:
             if self.runs or where.glance() is None:
@@ -166,7 +159,7 @@ class AgentVm(SupervisedVm):
         )
 
     async def stop(self) -> None:
-        self._refuse_if_elsewhere()
+        self.refuse_if_elsewhere()
         self._shared.note_start(self.name)
         if self._is_left:
             self._begin_again()
@@ -174,7 +167,7 @@ class AgentVm(SupervisedVm):
         await super().stop()
 
     async def kill(self) -> None:
-        self._refuse_if_elsewhere()
+        self.refuse_if_elsewhere()
         self._shared.note_start(self.name)
         if self._is_left:
             self._kill_left()
@@ -206,7 +199,7 @@ class AgentVm(SupervisedVm):
 
     async def restart(self) -> None:
         self._refuse_if_ending()
-        self._refuse_if_elsewhere()
+        self.refuse_if_elsewhere()
         if self.supervisor is not None:
             await super().restart()
         elif self._is_left:
@@ -220,7 +213,7 @@ class AgentVm(SupervisedVm):
 
     @property
     def _required(self) -> Supervisor:
-        self._refuse_if_elsewhere()
+        self.refuse_if_elsewhere()
         return super()._required
 
     async def leave(self) -> None:

@@ -19,7 +19,7 @@ from qrapd.errors import ConfigurationError, Problem, Unavailable
 if TYPE_CHECKING:
     from qrapd.agent_file import AgentFile
 
-__all__ = ["Found", "directory", "find", "read", "read_agent_file", "remove", "survey", "write"]
+__all__ = ["Found", "directory", "find", "is_missing", "read", "read_agent_file", "remove", "survey", "write"]
 
 SIZE_LIMIT = 1024 * 1024
 """Bytes. The largest file that makes sense has a few thousand."""
@@ -40,7 +40,7 @@ def find(file_or_name: str, vms: Path) -> Path:
     """
     is_path = "/" in file_or_name or file_or_name.endswith(".toml")
     path = Path(file_or_name) if is_path else vms / f"{file_or_name}.toml"
-    if not _is_missing(path):
+    if not is_missing(path):
         return path.absolute()
     if is_path:
         hint = _neighbours(path.parent, "files there")
@@ -189,13 +189,14 @@ def _read_regular(path: Path) -> bytes:
     return content
 
 
-def _is_missing(path: Path) -> bool:
+def is_missing(path: Path) -> bool:
+    """Whether there is no such file for certain: one that this user may not look for may be there."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:
-        return False  # reading it will say what is the matter
+        return False
     return False
 
 

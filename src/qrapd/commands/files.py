@@ -109,7 +109,7 @@ def _accelerator(plan: Plan) -> str:
 
 def _doubts(plan: Plan) -> Iterator[Problem]:
     """What is likely a mistake, but may be none, or none any more when the VM starts."""
-    from qrapd import binaries
+    from qrapd import binaries, vm_files
     from qrapd.passt_options import toml_text
     from qrapd.qemu_arguments import disk_files
 
@@ -131,23 +131,13 @@ def _doubts(plan: Plan) -> Iterator[Problem]:
                 hint="accel = 'auto' takes KVM only where it works",
             )
     for index, path in disk_files(plan.file.qemu.args):
-        if _is_missing(plan.directory / path):
+        if vm_files.is_missing(plan.directory / path):
             yield Problem(
                 f"qemu.args[{index}]",
                 "names a disk's file that is not there",
                 value=toml_text(str(plan.directory / path)),
                 hint=f"make it, or correct the path: relative ones start at {plan.directory}",
             )
-
-
-def _is_missing(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False  # whether it is there, this user may not know
-    return False
 
 
 def _wrapped(argv: list[str]) -> str:

@@ -175,12 +175,8 @@ class _Stopping:
         except QrapdError:
             if self._is_left(name):
                 return unreadable(file)
-            try:
-                file.stat()
-            except (FileNotFoundError, NotADirectoryError):
+            if vm_files.is_missing(file):
                 return None
-            except OSError:
-                pass  # what is the matter has been said
             raise
 
     def _is_left(self, name: str) -> bool:
